@@ -1,0 +1,133 @@
+"""What a checkpoint says of DyRep: structure and journal for all, progress for a resume."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.logging.history_buffer import HistoryBuffer
+from mmengine.runner import checkpoint as mmengine_checkpoint
+
+from dyrep_mm.errors import DyRepError
+from dyrep_mm.surgery import Structure, check_structure
+from dyrep_mm.version import __version__
+
+KEY = 'dyrep_mm'
+
+
+@dataclass
+class Record:
+    """Plain data only: ``torch.load(weights_only=True)`` accepts it.
+
+    Attributes:
+        structure: Of the model; None if the checkpoint is not of DyRep.
+        journal: One entry per update, for people.
+        updates: How many updates there were.
+        last: Epoch or iteration of the last one.
+        scores: Those gathered since, see :meth:`Saliency.state_dict`.
+        warned: The log has said that the scores cancel.
+    """
+
+    structure: Structure | None = None
+    journal: list[dict[str, Any]] = field(default_factory=list)
+    updates: int = 0
+    last: int = 0
+    scores: dict[str, Any] | None = None
+    warned: bool = False
+
+    def to_checkpoint(self, checkpoint: dict) -> None:
+        """Write into ``meta``, which publishing keeps, and beside it what a resume needs."""
+        checkpoint['meta'][KEY] = {
+            'version': __version__,
+            'structure': self.structure,
+            'journal': self.journal,
+        }
+        checkpoint[KEY] = {
+            'updates': self.updates,
+            'last': self.last,
+            'scores': self.scores,
+            'warned': self.warned,
+        }
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Mapping[str, Any]) -> Record:
+        """Read and check; an empty record for a checkpoint of a plain run.
+
+        Raises:
+            DyRepError: what is there is malformed.
+        """
+        meta = checkpoint.get('meta') or {}
+        said = meta.get(KEY) if isinstance(meta, Mapping) else None
+        if said is None:
+            return cls()
+        if not isinstance(said, Mapping):
+            raise DyRepError('the DyRep record of the checkpoint is malformed: not a mapping')
+        check_structure(said.get('structure'))
+        structure = {path: list(names) for path, names in said['structure'].items()}
+        progress = checkpoint.get(KEY) or {}
+        numbers = [progress.get('updates', 0), progress.get('last', 0)]
+        if any(type(number) is not int or number < 0 for number in numbers):
+            raise DyRepError(f'the DyRep record of the checkpoint is malformed: counts {numbers}')
+        return cls(
+            structure,
+            list(said.get('journal') or []),
+            *numbers,
+            progress.get('scores'),
+            bool(progress.get('warned')),
+        )
+
+
+def load_structure(source: str | Path | Mapping) -> Structure:
+    """A Structure from data, a JSON file, or a checkpoint (any other file).
+
+    Raises:
+        DyRepError: there is no such file, or no Structure in it.
+    """
+    if isinstance(source, Mapping):
+        data: Any = source
+    elif Path(source).suffix == '.json':
+        try:
+            data = json.loads(Path(source).read_text())
+        except (OSError, ValueError) as error:
+            raise DyRepError(f'structure file {source}: {error}') from None
+    else:
+        data = Record.from_checkpoint(load_checkpoint(source)).structure
+        if data is None:
+            raise DyRepError(f'{source} holds no structure: it is a checkpoint of a plain run')
+    check_structure(data)
+    return {path: list(names) for path, names in data.items()}
+
+
+def load_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
+    """Read a checkpoint file onto the CPU.
+
+    Args:
+        path: The file.
+        trust: Unpickle any class, which can run code; by default only plain data and what
+            mmengine itself puts into checkpoints.
+
+    Raises:
+        DyRepError: the file is missing, truncated, holds other classes, or no checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DyRepError(f'there is no checkpoint file {path}')
+    # What mmengine's own message hub pickles to; the original line has no such list.
+    allowed = getattr(mmengine_checkpoint, 'get_torch_safe_globals', lambda: [HistoryBuffer])
+    try:
+        with torch.serialization.safe_globals(allowed()):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=not trust)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split('\n')[0]
+        raise DyRepError(f'{path} does not load as plain data: {reason}') from None
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).split('\n')[0]
+        raise DyRepError(f'{path} is truncated or no checkpoint: {reason}') from None
+    if not isinstance(checkpoint, dict):
+        raise DyRepError(f'{path} holds a {type(checkpoint).__name__}, a checkpoint is a dict')
+    return checkpoint

@@ -1,0 +1,413 @@
+"""``DyRepHook``: Algorithm 1 of the paper inside an mmengine training run."""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from mmengine.dist import broadcast_object_list
+from mmengine.hooks import EMAHook, Hook
+from mmengine.runner import EpochBasedTrainLoop, Runner
+from torch import Tensor, nn
+
+from dyrep_mm import runtime
+from dyrep_mm.branches import ConvSpec, check_operations, fitting
+from dyrep_mm.calibration import calibrate
+from dyrep_mm.checkpoint import Record, load_structure
+from dyrep_mm.errors import DyRepError
+from dyrep_mm.evolution import Plan, make_plan
+from dyrep_mm.optim import check_optimizer, mirror, refresh_average, sync_optimizer
+from dyrep_mm.registry import HOOKS
+from dyrep_mm.saliency import Saliency, check_metric
+from dyrep_mm.surgery import (
+    PRESETS,
+    Scope,
+    Structure,
+    apply_structure,
+    blocks_of,
+    candidates,
+    check_scope,
+    get_module,
+    insert,
+    preset,
+    prune,
+    structure_of,
+    survey,
+)
+
+
+@HOOKS.register_module()
+class DyRepHook(Hook):
+    """Grows the convs that matter into multi-branch blocks and prunes branches that do not.
+
+    Every training iteration is scored between backward and optimizer step. Every ``interval``
+    the best operation grows and weak branches go; optimizer, EMA copies, DDP and checkpoints
+    follow. The paper's numbers are the defaults.
+
+    Args:
+        interval: t of Algorithm 1, epochs or iterations between two updates; None never
+            changes the structure.
+        by_epoch: Unit of ``interval`` and ``end``; by default that of the training loop.
+        end: No change of structure after this epoch or iteration, and no scoring (A.4).
+        scope: Dotted prefix, or several, inside which convs may grow.
+        metric: Saliency score: ``synflow`` (Eq. 4), ``snip``, ``grad_norm``, ``random``,
+            ``vote`` (A.3).
+        grow_per_update: How many of the best operations grow at an update (Algorithm 1: 1).
+        branches: What a grown operation gets, as far as it fits (Table 1: all seven).
+        init_scale: Starting importance of a new branch relative to its conv (section 4.1).
+        calibration_batches: Training batches for the BN statistics of new branches (section
+            4.1); 0 starts from the statistics of white input.
+        prune: De-parameterization (section 4.2).
+        prune_threshold: lambda: prune only in blocks whose importances spread more than this.
+        max_depth: How deep blocks may nest; 1 is no nesting.
+        structure: What to start from: ``'dbb'``, ``'dbb7'``, ``'repvgg'``, a Structure file
+            or a checkpoint.
+        seed: Of new branches and calibration; by default the runner's.
+
+    Raises:
+        DyRepError: an option has no meaning; at the start of training, the runner, the scope
+            or the loop does not allow what the options ask for.
+    """
+
+    # Before every EMAHook, which must find the restored structure, and before what saves.
+    priority = 'HIGH'
+
+    def __init__(
+        self,
+        interval: int | None = 5,
+        by_epoch: bool | None = None,
+        end: int | None = None,
+        scope: str | Sequence[str] = 'backbone',
+        metric: str = 'synflow',
+        grow_per_update: int = 1,
+        branches: Sequence[str] | None = None,
+        init_scale: float = 0.01,
+        calibration_batches: int = 20,
+        prune: bool = True,
+        prune_threshold: float = 0.02,
+        max_depth: int = 2,
+        structure: str | Mapping[str, Sequence[str]] | None = None,
+        seed: int | None = None,
+    ):
+        check_metric(metric)
+        if branches is not None:
+            check_operations(branches)
+        for name, value, least in (
+            ('interval', interval, 1),
+            ('end', end, 0),
+            ('grow_per_update', grow_per_update, 0),
+            ('calibration_batches', calibration_batches, 0),
+            ('max_depth', max_depth, 1),
+        ):
+            optional = name in ('interval', 'end')
+            if not (optional and value is None) and (type(value) is not int or value < least):
+                raise DyRepError(f'{name} must be an integer of at least {least}, got {value!r}')
+        for name, value in (('init_scale', init_scale), ('prune_threshold', prune_threshold)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+                raise DyRepError(f'{name} must be a number of at least 0, got {value!r}')
+        self.interval = interval
+        self.by_epoch = by_epoch
+        self.end = end
+        self.scope: Scope = scope if isinstance(scope, str) else list(scope)
+        self.metric = metric
+        self.grow_per_update = grow_per_update
+        self.branches = None if branches is None else list(branches)
+        self.init_scale = init_scale
+        self.calibration_batches = calibration_batches
+        self.prune_threshold = prune_threshold if prune else None
+        self.max_depth = max_depth
+        self.structure = structure
+        self.seed = seed
+        self._restored = False
+        self._record = Record()
+        self._saliency: Saliency | None = None
+        self._scored: dict[str, Tensor] = {}
+        self._handle: Any = None
+
+    # The moments of a run, in order.
+
+    def before_run(self, runner: Runner) -> None:
+        runtime.refuse_unsupported(runner)
+        for hook in runner.hooks:
+            if isinstance(hook, EMAHook) and runner.hooks.index(hook) < runner.hooks.index(self):
+                raise DyRepError('DyRepHook must have a higher priority than EMAHook')
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        model = runtime.unwrap(runner.model)
+        record = Record.from_checkpoint(checkpoint)
+        if record.structure:
+            self._apply(runner, record.structure)
+        self._restored = record.structure is not None
+        _check_keys(model, checkpoint, runner._resume)
+        if runner._resume:
+            self._record = record
+
+    def before_train(self, runner: Runner) -> None:
+        model = runtime.unwrap(runner.model)
+        check_scope(model, self.scope)
+        runner.model.train()  # the library's own train() says what is frozen
+        self._choose_unit(runner)
+        if self.structure is not None and not self._restored:
+            self._start(runner, model)
+        if self.interval is None:
+            return
+        if not candidates(model, self.scope, self.max_depth) and not blocks_of(model):
+            reasons = [f'{path}: {why}' for path, why in survey(model, self.scope).items()]
+            raise DyRepError(
+                f'no conv in scope {self.scope!r} can grow'
+                + (f' ({"; ".join(reasons[:3])})' if reasons else ': it has no conv above 1x1')
+            )
+        self._watch(runner)
+        if (scores := self._record.scores) and self._saliency is not None:
+            if not self._saliency.load_state_dict(scores):
+                runner.logger.warning(
+                    'DyRep: the checkpoint scored other operations or by another metric; the '
+                    'interval starts without its scores'
+                )
+        self._handle = runtime.optimizer_of(runner).register_step_pre_hook(self._on_step)
+
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: dict | None = None,
+    ) -> None:
+        self._check_loss(runner, outputs)
+        if not self.by_epoch:
+            self._update_if_due(runner, runner.iter + 1, runner.max_iters)
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        if self.by_epoch:
+            self._update_if_due(runner, runner.epoch + 1, runner.max_epochs)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        self._record.structure = structure_of(runtime.unwrap(runner.model))
+        self._record.scores = self._saliency.state_dict() if self._saliency else None
+        self._record.to_checkpoint(checkpoint)
+
+    def after_train(self, runner: Runner) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    # What happens at them.
+
+    def _choose_unit(self, runner: Runner) -> None:
+        epochs = isinstance(runner.train_loop, EpochBasedTrainLoop)
+        if self.by_epoch is None:
+            self.by_epoch = epochs
+        if self.by_epoch and not epochs:
+            raise DyRepError(
+                'by_epoch=True needs a training loop that counts epochs, '
+                f'got {type(runner.train_loop).__name__}: set by_epoch=False'
+            )
+        limit = runner.max_epochs if self.by_epoch else runner.max_iters
+        unit = 'epochs' if self.by_epoch else 'iterations'
+        if self.interval is not None and self.interval >= limit:
+            raise DyRepError(
+                f'interval={self.interval} is never reached: training ends after {limit} {unit}'
+            )
+
+    def _watch(self, runner: Runner) -> None:
+        """Score the present candidates from now on."""
+        model = runtime.unwrap(runner.model)
+        paths = candidates(model, self.scope, self.max_depth)
+        self._scored = {path: get_module(model, path).weight for path in paths}
+        device = next(model.parameters()).device
+        self._saliency = Saliency(self.metric, paths, device) if paths else None
+
+    def _on_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        # Here gradients are complete: accumulated, averaged over ranks, and unscaled, but for
+        # a fused optimizer, which unscales by itself and leaves these two attributes.
+        if self._saliency is not None and not self._ended:
+            self._saliency.gather(
+                self._scored,
+                getattr(optimizer, 'grad_scale', None),
+                getattr(optimizer, 'found_inf', None),
+            )
+
+    @property
+    def _ended(self) -> bool:
+        return self.end is not None and self._record.last + self.interval > self.end
+
+    def _update_if_due(self, runner: Runner, now: int, limit: int) -> None:
+        if self.interval is None or self._ended:
+            return
+        # In the middle of gradient accumulation an update waits for the optimizer step.
+        due = now // self.interval > self._record.last // self.interval
+        if due and now < limit and runner.optim_wrapper.should_update():
+            self.update(runner, now)
+
+    def _check_loss(self, runner: Runner, outputs: dict | None) -> None:
+        loss = (outputs or {}).get('loss')
+        if not isinstance(loss, Tensor):
+            return
+        # Reading a loss on an accelerator waits for it: there it is read once in a while.
+        if loss.device.type != 'cpu' and not self.every_n_train_iters(runner, 50):
+            return
+        if not math.isfinite(value := loss.item()):
+            raise DyRepError(
+                f'the loss is {value} at iteration {runner.iter + 1}: '
+                'training cannot go on from a loss that is not finite'
+            )
+
+    def update(self, runner: Runner, now: int) -> Plan:
+        """One update of Algorithm 1 (lines 6 to 11), the same on every rank."""
+        record, model = self._record, runtime.unwrap(runner.model)
+        record.updates += 1
+        scores: dict[str, float] = {}
+        if self._saliency is not None:
+            generator = runtime.make_generator(self._seed(runner), record.updates, 'scores')
+            scores = self._saliency.means(generator)
+            if self._saliency.cancelled() and not record.warned:
+                record.warned = True
+                runner.logger.warning(
+                    'DyRep: the signed sums of metric=synflow (Eq. 4) cancel to rounding in front '
+                    'of BN in train mode; the choice is close to random, metric=snip is not'
+                )
+        importances = {path: b.importances() for path, b in blocks_of(model).items()}
+        plan = make_plan(
+            {path: score for path, score in scores.items() if self._fits(model, path)},
+            importances,
+            grow=self.grow_per_update,
+            threshold=self.prune_threshold,
+        )
+        (plan,) = _from_rank_0([plan])
+        self._edit(runner, plan)
+        record.last = now
+        unit = 'epoch' if self.by_epoch else 'iteration'
+        entry = {
+            'update': record.updates,
+            unit: now,
+            'grown': {path: get_module(model, path).names for path in plan.grow},
+            'pruned': plan.prune,
+            'scores': {path: scores[path] for path in plan.grow},
+            'importances': {path: importances[path] for path in plan.prune},
+        }
+        record.journal.append(entry)
+        self._log(runner, entry, f'{unit} {now}')
+        self._watch(runner)
+        return plan
+
+    def _fits(self, model: nn.Module, path: str) -> bool:
+        return bool(fitting(ConvSpec.of(get_module(model, path)), self.branches))
+
+    def _seed(self, runner: Runner) -> int:
+        return runner.seed if self.seed is None else self.seed
+
+    def _start(self, runner: Runner, model: nn.Module) -> None:
+        if isinstance(self.structure, str) and self.structure in PRESETS:
+            structure = preset(model, self.structure, scope=self.scope)
+        else:
+            structure = load_structure(self.structure)
+        self._edit(runner, Plan(), structure)
+        runner.logger.info(f'DyRep: starts with {len(blocks_of(model))} blocks')
+
+    # The edit transaction.
+
+    def _edit(self, runner: Runner, plan: Plan, structure: Structure | None = None) -> None:
+        """Change the structure and all that depends on it; every rank runs the same."""
+        model = runtime.unwrap(runner.model)
+        number, seed = self._record.updates, self._seed(runner)
+        try:
+            if structure:
+                blocks = apply_structure(
+                    model, structure, runtime.make_generator(seed, number, 'structure')
+                )
+                plan = Plan([path for path, b in blocks_of(model).items() if b in blocks])
+            else:
+                blocks = []
+                for path in plan.grow:
+                    names = fitting(ConvSpec.of(get_module(model, path)), self.branches)
+                    generator = runtime.make_generator(seed, number, path)
+                    blocks.append(insert(model, path, names, generator))
+            if self.calibration_batches and blocks:
+                with runtime.random_state_kept():
+                    calibrate(
+                        model,
+                        blocks,
+                        runtime.calibration_batches(
+                            runner, self.calibration_batches, seed + 1 + number
+                        ),
+                        runtime.calibration_forward(runner, plan.grow),
+                    )
+            for block in reversed(blocks):  # inner ones first
+                block.settle(self.init_scale)
+            averages = runtime.averaged_models(runner)
+            for averaged in averages:
+                mirror(averaged.module, model, Plan(plan.grow))
+            for module in (model, *(averaged.module for averaged in averages)):
+                for path, names in plan.prune.items():
+                    prune(module, path, names)
+            self._follow(runner)
+        except TypeError:
+            # mmengine re-raises a TypeError of a hook without its traceback.
+            raise RuntimeError(traceback.format_exc()) from None
+
+    def _apply(self, runner: Runner, structure: Structure) -> None:
+        """Give the model and its averages a structure whose weights are loaded afterwards."""
+        for module in (
+            runtime.unwrap(runner.model),
+            *(averaged.module for averaged in runtime.averaged_models(runner)),
+        ):
+            apply_structure(module, structure, torch.Generator())
+        self._follow(runner)
+
+    def _follow(self, runner: Runner) -> None:
+        """Bring in step with the model what refers to its parameters."""
+        model = runtime.unwrap(runner.model)
+        for averaged in runtime.averaged_models(runner):
+            refresh_average(averaged)
+        optimizer = runtime.optimizer_of(runner)
+        if optimizer is not None:
+            sync_optimizer(optimizer, model)
+        runtime.rewrap(runner)
+        if optimizer is not None:
+            runner.model.train()  # frozen stages and norm_eval, as the library wants them
+            check_optimizer(optimizer, runtime.unwrap(runner.model))
+
+    def _log(self, runner: Runner, entry: dict, when: str) -> None:
+        model = runtime.unwrap(runner.model)
+        blocks = blocks_of(model)
+        parts = [
+            f'grew {path} (score {entry["scores"][path]:.3g}) to {", ".join(names)}'
+            for path, names in entry['grown'].items()
+        ]
+        parts += [f'pruned {", ".join(names)} of {path}' for path, names in entry['pruned'].items()]
+        size = sum(p.numel() for p in model.parameters())
+        runner.logger.info(
+            f'DyRep update {entry["update"]} at {when}: {"; ".join(parts) or "no change"} | '
+            f'{len(blocks)} blocks, {sum(len(b.added) for b in blocks.values())} branches, '
+            f'{size / 1e6:.2f} M parameters'
+        )
+
+
+def _from_rank_0(objects: list) -> list:
+    broadcast_object_list(objects)
+    return objects
+
+
+def _check_keys(model: nn.Module, checkpoint: dict, resume: bool) -> None:
+    """Refuse a checkpoint whose weights are not this model's: mmengine would only warn."""
+    state = checkpoint.get('state_dict', checkpoint)
+    if not isinstance(state, Mapping):
+        raise DyRepError('the checkpoint holds no state_dict')
+    names = {name.removeprefix('module.') for name in state}
+    own = set(model.state_dict())
+    inner = {f'{path}.' for path in blocks_of(model)}
+    missing = sorted(
+        name for name in own - names if resume or any(name.startswith(prefix) for prefix in inner)
+    )
+    if not own & names:
+        raise DyRepError(
+            f'the checkpoint is of another model: no name in it is one of {type(model).__name__}'
+        )
+    if missing:
+        raise DyRepError(
+            f'the checkpoint lacks {len(missing)} tensors of the model, {missing[0]} first: '
+            'it is of another model, or its structure record is not its own'
+        )

@@ -1,0 +1,109 @@
+"""Keeps the optimizer and averaged models in step with a model that changes shape.
+
+The number of param groups never changes, so that schedulers, which know groups by position,
+need no repair: a new parameter joins the group of the one it stands beside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from dyrep_mm.block import Block
+from dyrep_mm.branches import ORIGIN
+from dyrep_mm.evolution import Plan
+from dyrep_mm.surgery import depth_of, get_module, insert, neighbour_norm, prune
+
+
+def donors(model: nn.Module) -> dict[Parameter, list[Parameter]]:
+    """For each parameter of a block, whose settings it should train with, best first.
+
+    A kernel follows the conv that the block grew from, a scale or shift the scale or shift of
+    the BN beside the block.
+    """
+    result: dict[Parameter, list[Parameter]] = {}
+    for path, module in model.named_modules():
+        gained = getattr(module, 'gained_bias', False)
+        if not (isinstance(module, Block) or gained) or depth_of(model, path):
+            continue
+        origin = module.origin if isinstance(module, Block) else module
+        norm = neighbour_norm(model, path)
+        for name, parameter in module.named_parameters():
+            if parameter is origin.weight:
+                continue
+            last = name.rpartition('.')[2]
+            beside = getattr(norm, last, None) if parameter.ndim == 1 else None
+            result[parameter] = [p for p in (beside, origin.weight) if p is not None]
+    return result
+
+
+def sync_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
+    """Drop parameters that left ``model``, with their state, and add those that are new.
+
+    Every group is kept in the order of ``model.named_parameters()``, so that the layout of a
+    saved optimizer follows from the Structure alone. What stays keeps its state.
+    """
+    order = {id(p): i for i, p in enumerate(model.parameters())}
+    group_of: dict[int, int] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        for parameter in group['params']:
+            if id(parameter) in order:
+                group_of[id(parameter)] = number
+            else:
+                optimizer.state.pop(parameter, None)
+    beside = donors(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad and id(parameter) not in group_of:
+            near = (group_of[id(p)] for p in beside.get(parameter, ()) if id(p) in group_of)
+            group_of[id(parameter)] = next(near, 0)
+    members: list[list[Parameter]] = [[] for _ in optimizer.param_groups]
+    for parameter in model.parameters():
+        if id(parameter) in group_of:
+            members[group_of[id(parameter)]].append(parameter)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group, parameters in zip(optimizer.param_groups, members, strict=True):
+        group['params'] = parameters
+        if 'param_names' in group:
+            group['param_names'] = [names[id(p)] for p in parameters]
+
+
+def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
+    """Assert that the optimizer trains exactly the trainable parameters, each once."""
+    held = [p for group in optimizer.param_groups for p in group['params']]
+    known = {id(p) for p in model.parameters()}
+    assert len(set(held)) == len(held), 'a parameter is in two param groups'
+    assert {id(p) for p in held} <= known, 'the optimizer holds a parameter of no module'
+    ids = {id(p) for p in held}
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ids]
+    assert not missing, f'not in the optimizer: {missing}'
+    assert {id(p) for p in optimizer.state} <= known, 'the optimizer has state of no parameter'
+
+
+def mirror(averaged: nn.Module, model: nn.Module, plan: Plan) -> None:
+    """Give an averaged copy of ``model`` the blocks that ``plan`` has grown in the model, and
+    prune what it prunes; what the copy computes in eval mode stays the same.
+
+    New branches start with the model's values: there is nothing to average yet.
+    """
+    for path in plan.grow:
+        grown = get_module(model, path)
+        block = insert(averaged, path, grown.names)
+        for name, branch in grown.branches.items():
+            if name != ORIGIN:
+                block.branches[name].load_state_dict(branch.state_dict())
+        block.origin_std.copy_(grown.origin_std)
+        block.compensate()
+    for path, names in plan.prune.items():
+        prune(averaged, path, names)
+
+
+def refresh_average(averaged: Any) -> None:
+    """Make mmengine's averaged model look at the present tensors of its module, by name, as
+    its constructor does."""
+    module = averaged.module
+    averaged.avg_parameters = (
+        module.state_dict() if averaged.update_buffers else dict(module.named_parameters())
+    )

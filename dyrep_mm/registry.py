@@ -1,0 +1,13 @@
+"""Child registries of mmengine's: ``type='dyrep_mm.DyRepHook'`` imports and finds us."""
+
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import TASK_UTILS as MMENGINE_TASK_UTILS
+from mmengine.registry import Registry
+
+HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='dyrep_mm', locations=['dyrep_mm.hook'])
+TASK_UTILS = Registry(
+    'task util',
+    parent=MMENGINE_TASK_UTILS,
+    scope='dyrep_mm',
+    locations=['dyrep_mm.converter'],
+)

@@ -1,0 +1,147 @@
+"""What the hook needs to know of mmengine's Runner: data for calibration, wrappers, refusals."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dataset import DefaultSampler
+from mmengine.hooks import EMAHook
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.runner import Runner
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from dyrep_mm.errors import DyRepError
+from dyrep_mm.surgery import in_scope
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DDP and test-time-augmentation wrappers."""
+    from mmengine.model import BaseTTAModel
+
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
+
+
+def averaged_models(runner: Runner) -> list[Any]:
+    """The averaged models of the runner's EMA hooks."""
+    hooks = (hook for hook in runner.hooks if isinstance(hook, EMAHook))
+    return [hook.ema_model for hook in hooks if hasattr(hook, 'ema_model')]
+
+
+def optimizer_of(runner: Runner) -> torch.optim.Optimizer | None:
+    """The runner's optimizer; None where it has none, as in a test."""
+    wrapper = runner.optim_wrapper
+    return wrapper.optimizer if isinstance(wrapper, OptimWrapper) else None
+
+
+def make_generator(*key: Any) -> torch.Generator:
+    """A generator that depends on ``key`` alone: the same on every rank and after a resume."""
+    digest = hashlib.sha256('/'.join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], 'big') >> 1)
+
+
+def refuse_unsupported(runner: Any) -> None:
+    """Raise ``DyRepError`` if the model of this runner cannot change its shape."""
+    refused = None
+    if not isinstance(runner, Runner):
+        refused = f'{type(runner).__name__}', "mmengine's Runner (runner_type='Runner')"
+    elif isinstance(runner.optim_wrapper, OptimWrapperDict):
+        refused = 'several optimizers (OptimWrapperDict)', 'one OptimWrapper'
+    elif type(runner.optim_wrapper).__name__ == 'ApexOptimWrapper':
+        refused = 'ApexOptimWrapper', 'AmpOptimWrapper'
+    elif type(optimizer_of(runner)).__name__ == 'ZeroRedundancyOptimizer':
+        refused = 'ZeroRedundancyOptimizer', 'the optimizer it wraps'
+    elif is_model_wrapper(runner.model) and not isinstance(
+        runner.model, nn.parallel.DistributedDataParallel
+    ):
+        refused = type(runner.model).__name__, 'MMDistributedDataParallel'
+    elif runner.cfg.get('compile', False):
+        refused = 'compile', 'compile=False, or compile the fused model'
+    elif runner.cfg.get('efficient_conv_bn_eval', None):
+        refused = 'efficient_conv_bn_eval', 'nothing: a block in eval mode is one conv already'
+    elif any(hasattr(runner.model, name) for name in ('teacher', 'student')):
+        refused = 'a teacher and a student in one model', 'one model'
+    if refused:
+        raise DyRepError('DyRepHook does not work with {}; use {}'.format(*refused))
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave the random streams of python, numpy and torch as they were."""
+    python, numeric, torch_cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numeric)
+        torch.set_rng_state(torch_cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+
+
+def calibration_loader(loader: DataLoader, seed: int) -> DataLoader:
+    """A second loader over the dataset of ``loader``, with a sampler and a seed of its own.
+
+    The training loader, its sampler and its workers never notice.
+    """
+    dataset = loader.dataset
+    if isinstance(dataset, IterableDataset):
+        raise DyRepError(
+            'calibration needs a dataset with a length, not an IterableDataset; '
+            'set calibration_batches=0 to start from the statistics of white input'
+        )
+    batch_size = loader.batch_size or loader.batch_sampler.batch_size
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=DefaultSampler(dataset, shuffle=True, seed=seed),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        drop_last=len(dataset) >= batch_size,
+        worker_init_fn=loader.worker_init_fn,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def calibration_batches(runner: Runner, count: int, seed: int) -> Iterator[Any]:
+    """``count`` training batches, fewer if the dataset is shorter."""
+    return islice(iter(calibration_loader(runner.train_dataloader, seed)), count)
+
+
+def calibration_forward(runner: Runner, paths: list[str]) -> Callable[[Any], None]:
+    """A function that runs on a batch what of the model reaches the modules at ``paths``."""
+    model = unwrap(runner.model)
+    backbone = getattr(model, 'backbone', None)
+    only_backbone = backbone is not None and all(in_scope(p, 'backbone') for p in paths)
+
+    def forward(batch: Any) -> None:
+        with runner.optim_wrapper.optim_context(model):
+            data = model.data_preprocessor(batch, True)
+            if only_backbone and isinstance(data, dict) and 'inputs' in data:
+                backbone(data['inputs'])
+            else:
+                model._run_forward(data, mode='loss')
+
+    return forward
+
+
+def rewrap(runner: Runner) -> None:
+    """Wrap the model in DDP again: its reducer knows parameters from construction only."""
+    if not is_model_wrapper(runner.model):
+        return
+    module = runner.model.module
+    runner.model = None  # the old reducer's gradient hooks go with the old wrapper
+    runner.model = runner.wrap_model(copy.deepcopy(runner.cfg.get('model_wrapper_cfg')), module)

@@ -1,0 +1,63 @@
+"""What the command line tools share."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mmengine.config import Config, DictAction
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from dyrep_mm.checkpoint import load_checkpoint
+from dyrep_mm.errors import DyRepError
+
+
+@contextmanager
+def sentence(program: str) -> Iterator[None]:
+    """End with one sentence on what the user can mend; bugs keep their traceback."""
+    try:
+        yield
+    except DyRepError as error:
+        sys.exit(f'{program}: {error}')
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """The flags that training and testing share."""
+    parser.add_argument('--work-dir', help='folder for logs and checkpoints')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='override settings of the config: key=value, lists as key="[a,b]" or key=a,b',
+    )
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The config with the flags of :func:`add_common` applied."""
+    if not Path(args.config).is_file():
+        raise DyRepError(f'there is no config file {args.config}')
+    config = Config.fromfile(args.config)
+    config.launcher = args.launcher
+    if args.cfg_options is not None:
+        config.merge_from_dict(args.cfg_options)
+    if args.work_dir is not None:
+        config.work_dir = args.work_dir
+    elif config.get('work_dir') is None:
+        config.work_dir = str(Path('work_dirs') / Path(args.config).stem)
+    return config
+
+
+def build_runner(config: Config) -> Runner:
+    """The runner that the config asks for."""
+    return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+
+
+def check_local(path: str | None) -> dict | None:
+    """Read a local checkpoint, so that a bad one ends here; None for an address."""
+    if path is None or '://' in path:
+        return None
+    return load_checkpoint(path)
