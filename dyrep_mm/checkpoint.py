@@ -125,8 +125,8 @@ def load_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         reason = str(error).split('\n')[0]
         raise DyRepError(f'{path} does not load as plain data: {reason}') from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).split('\n')[0]
+    except Exception as error:  # other bytes than torch's can make it raise anything
+        reason = f'{type(error).__name__} {error}'.split('\n')[0]
         raise DyRepError(f'{path} is truncated or no checkpoint: {reason}') from None
     if not isinstance(checkpoint, dict):
         raise DyRepError(f'{path} holds a {type(checkpoint).__name__}, a checkpoint is a dict')

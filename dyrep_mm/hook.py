@@ -19,6 +19,7 @@ from dyrep_mm.calibration import calibrate
 from dyrep_mm.checkpoint import Record, load_structure
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.evolution import Plan, make_plan
+from dyrep_mm.initialize import Start, starts_in
 from dyrep_mm.optim import check_optimizer, mirror, refresh_average, sync_optimizer
 from dyrep_mm.registry import HOOKS
 from dyrep_mm.saliency import Saliency, check_metric
@@ -140,7 +141,10 @@ class DyRepHook(Hook):
         record = Record.from_checkpoint(checkpoint)
         if record.structure:
             self._apply(runner, record.structure)
-        self._restored = record.structure is not None
+        # A resumed run had its start already, also if it has not grown yet.
+        self._restored = bool(record.structure) or (runner._resume and record.structure is not None)
+        for path, start in starts_in(model).items():
+            start.done(get_module(model, path))  # what is loaded last wins
         _check_keys(model, checkpoint, runner._resume)
         if runner._resume:
             self._record = record
@@ -150,6 +154,8 @@ class DyRepHook(Hook):
         check_scope(model, self.scope)
         runner.model.train()  # the library's own train() says what is frozen
         self._choose_unit(runner)
+        for path, start in starts_in(model).items():
+            self._take_over(runner, path, start)
         if self.structure is not None and not self._restored:
             self._start(runner, model)
         if self.interval is None:
@@ -235,7 +241,7 @@ class DyRepHook(Hook):
         return self.end is not None and self._record.last + self.interval > self.end
 
     def _update_if_due(self, runner: Runner, now: int, limit: int) -> None:
-        if self.interval is None or self._ended:
+        if self.interval is None or self._ended or (self.end is not None and now > self.end):
             return
         # In the middle of gradient accumulation an update waits for the optimizer step.
         due = now // self.interval > self._record.last // self.interval
@@ -307,6 +313,23 @@ class DyRepHook(Hook):
         self._edit(runner, Plan(), structure)
         runner.logger.info(f'DyRep: starts with {len(blocks_of(model))} blocks')
 
+    def _take_over(self, runner: Runner, path: str, start: Start) -> None:
+        """What :class:`DyRepPretrained` has left to do for the module at ``path``."""
+        model = runtime.unwrap(runner.model)
+        module = get_module(model, path)
+        below = f'{path}.' if path else ''
+        self._apply(runner, {below + p: names for p, names in start.structure.items()})
+        module.load_state_dict(start.state)
+        start.done(module)
+        runner.logger.info(
+            f'DyRep: {path or "the model"} starts from {start.checkpoint} with '
+            f'{len(blocks_of(module))} blocks'
+            + ''.join(
+                f'; {below}{p}: {", ".join(names)} not exact here, absorbed by the conv'
+                for p, names in start.absorbed.items()
+            )
+        )
+
     # The edit transaction.
 
     def _edit(self, runner: Runner, plan: Plan, structure: Structure | None = None) -> None:
@@ -331,7 +354,9 @@ class DyRepHook(Hook):
                         model,
                         blocks,
                         runtime.calibration_batches(
-                            runner, self.calibration_batches, seed + 1 + number
+                            runner,
+                            self.calibration_batches,
+                            runtime.make_seed(seed, number, 'calibration'),
                         ),
                         runtime.calibration_forward(runner, plan.grow),
                     )

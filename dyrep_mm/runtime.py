@@ -45,10 +45,15 @@ def optimizer_of(runner: Runner) -> torch.optim.Optimizer | None:
     return wrapper.optimizer if isinstance(wrapper, OptimWrapper) else None
 
 
-def make_generator(*key: Any) -> torch.Generator:
-    """A generator that depends on ``key`` alone: the same on every rank and after a resume."""
+def make_seed(*key: Any) -> int:
+    """A seed that depends on ``key`` alone: the same on every rank and after a resume."""
     digest = hashlib.sha256('/'.join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], 'big') >> 1)
+    return int.from_bytes(digest[:7], 'big')
+
+
+def make_generator(*key: Any) -> torch.Generator:
+    """A generator of that seed."""
+    return torch.Generator().manual_seed(make_seed(*key))
 
 
 def refuse_unsupported(runner: Any) -> None:
@@ -70,7 +75,7 @@ def refuse_unsupported(runner: Any) -> None:
         refused = 'compile', 'compile=False, or compile the fused model'
     elif runner.cfg.get('efficient_conv_bn_eval', None):
         refused = 'efficient_conv_bn_eval', 'nothing: a block in eval mode is one conv already'
-    elif any(hasattr(runner.model, name) for name in ('teacher', 'student')):
+    elif any(hasattr(unwrap(runner.model), name) for name in ('teacher', 'student')):
         refused = 'a teacher and a student in one model', 'one model'
     if refused:
         raise DyRepError('DyRepHook does not work with {}; use {}'.format(*refused))

@@ -43,6 +43,8 @@ PRESETS: dict[str, tuple[str, ...]] = {
 # By name, since mmcv need not be installed: its Conv2d only adds the handling of empty input.
 _CONV_TYPES = {'torch.nn.modules.conv.Conv2d', 'mmcv.cnn.bricks.wrappers.Conv2d'}
 
+_NORMALISE = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
 # A Structure may come from a stranger's file.
 _MAX_BLOCKS = 10_000
 
@@ -200,7 +202,9 @@ def _norm_like(norm: _BatchNorm | None) -> NormFactory:
     def make(channels: int) -> _BatchNorm:
         if norm is None:
             return nn.BatchNorm2d(channels)
-        return type(norm)(channels, eps=norm.eps, momentum=norm.momentum).train(norm.training)
+        # The nearest class that only normalises: timm's BatchNormAct2d activates as well.
+        pure = next(cls for cls in type(norm).__mro__ if cls.forward in _NORMALISE)
+        return pure(channels, eps=norm.eps, momentum=norm.momentum).train(norm.training)
 
     return make
 

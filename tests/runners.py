@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 from mmpretrain.structures import DataSample
 from torch.utils.data import Dataset
+
+
+_NUMBERS = count()  # mmengine keeps one logger for each name
 
 
 @DATASETS.register_module(force=True)
@@ -75,7 +79,7 @@ def config(
         },
         'custom_hooks': [] if hook is None else [{'type': 'dyrep_mm.DyRepHook', **hook}],
         'randomness': {'seed': 0},
-        'experiment_name': f'{Path(work_dir).name}_{len(list(Path(work_dir).glob("*")))}',
+        'experiment_name': f'test_{next(_NUMBERS)}',
         'log_level': 'WARNING',
     }
     return Config({**settings, **more})

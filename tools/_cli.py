@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from mmengine.config import Config, DictAction
+from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -52,7 +54,17 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def build_runner(config: Config) -> Runner:
-    """The runner that the config asks for."""
+    """The runner that the config asks for; several processes without an accelerator use gloo,
+    which mmengine's own launcher does not."""
+    if config.launcher == 'pytorch' and get_device() == 'cpu':
+        torch.distributed.init_process_group('gloo')
+        config.model_wrapper_cfg = {
+            'type': 'MMDistributedDataParallel',
+            'broadcast_buffers': False,
+            'find_unused_parameters': config.get('find_unused_parameters', False),
+            **config.get('model_wrapper_cfg', {}),
+            'device_ids': None,
+        }
     return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
 
 

@@ -1,0 +1,64 @@
+# make demo   train, grow, prune, evaluate, fuse and verify a real detector on the CPU
+# make test   lint and the test suite; make test-all adds the slow tests
+# Both set up .venv first. Finished steps are not done again; `make clean` forgets them.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+JOBS := $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
+export PYTHONPATH :=
+
+.PHONY: setup demo lint test test-all clean
+.DELETE_ON_ERROR:
+
+setup: .venv/.ready
+
+.venv/.stack: requirements.txt requirements/build.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -r requirements/build.txt
+	MAX_JOBS=$(JOBS) $(PY) -m pip install --no-build-isolation -c requirements/build.txt -r requirements.txt
+	touch $@
+
+.venv/.ready: .venv/.stack requirements/test.txt setup.py
+	$(PY) -m pip install -c requirements/build.txt -r requirements/test.txt
+	$(PY) -m pip install --no-build-isolation --no-deps -e .
+	touch $@
+
+# The demo, step by step.
+DEMO := work_dirs/demo
+CONFIG := configs/demo/fpn_r50_dyrep_digits.py
+PLAIN := configs/demo/fpn_r50_digits.py
+
+demo: $(DEMO)/comparison.txt
+	@cat $(DEMO)/comparison.txt
+
+data/digits/digits.json: | .venv/.ready
+	$(PY) tools/digits.py --out data/digits
+
+$(DEMO)/stage_c.pth: | data/digits/digits.json
+	$(PY) tools/train.py configs/demo/cls_r50_digits.py --work-dir $(DEMO)/stage_c
+	cp "$$(cat $(DEMO)/stage_c/last_checkpoint)" $@
+
+$(DEMO)/trained.pth: | $(DEMO)/stage_c.pth
+	$(PY) tools/train.py $(CONFIG) --work-dir $(DEMO)/stage_d
+	cp "$$(cat $(DEMO)/stage_d/last_checkpoint)" $@
+
+$(DEMO)/fused.pth: | $(DEMO)/trained.pth
+	$(PY) tools/fuse.py $(CONFIG) $(DEMO)/trained.pth $@
+
+$(DEMO)/comparison.txt: | $(DEMO)/fused.pth
+	$(PY) tools/compare.py $(CONFIG) $(DEMO)/trained.pth $(PLAIN) $(DEMO)/fused.pth \
+	    --work-dir $(DEMO)/compare --tolerance 0.01 --out $@
+
+lint: .venv/.ready
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+# One torch thread in each process is faster than several in one.
+test: lint
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m "not slow"
+
+test-all: lint
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
+
+clean:
+	rm -rf .venv data/digits $(DEMO)

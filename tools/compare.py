@@ -1,0 +1,108 @@
+"""Evaluate two checkpoints on the same data and show metrics and predictions side by side.
+
+tools/compare.py CONFIG CHECKPOINT OTHER_CONFIG OTHER_CHECKPOINT
+
+Made for a checkpoint with a structure and the fused one: metrics are equal, and predictions
+differ by float rounding.
+"""
+
+import argparse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from _cli import add_common, build_runner, check_local, load_config, sentence
+from mmengine.hooks import Hook
+from mmengine.structures import BaseDataElement
+from prettytable import PrettyTable
+
+from dyrep_mm.errors import DyRepError
+
+
+class Collect(Hook):
+    """Keeps all predictions of a test."""
+
+    def __init__(self) -> None:
+        self.predictions: list[BaseDataElement] = []
+
+    def after_test_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        self.predictions += [sample.cpu() for sample in outputs]
+
+
+def evaluate(args: argparse.Namespace, config: str, checkpoint: str) -> tuple[dict, list]:
+    """Metrics and predictions of a checkpoint."""
+    cfg = load_config(argparse.Namespace(**{**vars(args), 'config': config}))
+    check_local(checkpoint)
+    cfg.load_from = checkpoint
+    cfg.experiment_name = f'compare_{Path(checkpoint).stem}_{Path(config).stem}'
+    runner = build_runner(cfg)
+    collect = Collect()
+    runner.register_hook(collect)
+    return runner.test(), collect.predictions
+
+
+def tensors(data: Any, name: str = '') -> Iterator[tuple[str, torch.Tensor]]:
+    """The predicted tensors of a data sample by dotted name; what it was given is left out."""
+    if isinstance(data, BaseDataElement):
+        data = dict(data.items())
+    if isinstance(data, Mapping):
+        for key, value in data.items():
+            if not key.startswith('gt_') and key != 'ignored_instances':
+                yield from tensors(value, f'{name}.{key}' if name else key)
+    else:
+        data = getattr(data, 'tensor', data)  # boxes
+        if isinstance(data, torch.Tensor):
+            yield name, data
+
+
+def differences(first: list, second: list) -> tuple[dict[str, float], int]:
+    """Largest difference of each predicted tensor, and on how many samples shapes differ."""
+    largest: dict[str, float] = {}
+    unlike = 0
+    for one, other in zip(first, second, strict=True):
+        pairs = [(name, a, dict(tensors(other))[name]) for name, a in tensors(one)]
+        if any(a.shape != b.shape for _, a, b in pairs):
+            unlike += 1
+            continue
+        for name, a, b in pairs:
+            gap = (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
+            largest[name] = max(largest.get(name, 0.0), gap)
+    return largest, unlike
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name in ('config', 'checkpoint', 'other_config', 'other_checkpoint'):
+        parser.add_argument(name)
+    add_common(parser)
+    parser.add_argument('--out', help='text file for what is printed')
+    parser.add_argument('--tolerance', type=float, help='exit with 1 above this difference')
+    args = parser.parse_args()
+    with sentence('compare'):
+        metrics, predictions = evaluate(args, args.config, args.checkpoint)
+        others, other_predictions = evaluate(args, args.other_config, args.other_checkpoint)
+        table = PrettyTable(
+            ['metric', Path(args.checkpoint).name, Path(args.other_checkpoint).name]
+        )
+        table.align = 'r'
+        table.add_rows([[name, metrics[name], others.get(name)] for name in metrics])
+        largest, unlike = differences(predictions, other_predictions)
+        lines = [str(table), f'largest differences over {len(predictions)} samples:']
+        lines += [f'  {name}: {value:.2e}' for name, value in largest.items()]
+        if unlike:
+            lines.append(f'  another number of predictions on {unlike} samples')
+        print('\n'.join(lines))
+        if args.tolerance is not None:
+            if unlike or max(largest.values()) > args.tolerance:
+                raise DyRepError(f'the predictions differ by more than {args.tolerance}')
+        if args.out is not None:
+            Path(args.out).write_text('\n'.join(lines) + '\n')
+
+
+if __name__ == '__main__':
+    main()
