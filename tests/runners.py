@@ -13,7 +13,6 @@ from mmengine.runner import Runner
 from mmpretrain.structures import DataSample
 from torch.utils.data import Dataset
 
-
 _NUMBERS = count()  # mmengine keeps one logger for each name
 
 
