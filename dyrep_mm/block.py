@@ -23,6 +23,13 @@ from dyrep_mm.errors import DyRepError
 from dyrep_mm.transforms import Kernel, add
 
 
+def gain_bias(conv: nn.Conv2d) -> None:
+    """Give a conv without bias one, of zeros, and mark it: the plain model has none there."""
+    zeros = conv.weight.new_zeros(conv.out_channels)
+    conv.bias = nn.Parameter(zeros, requires_grad=conv.weight.requires_grad)
+    conv.gained_bias = True
+
+
 class Block(nn.Module):
     """Parallel branches that stand for one conv (section 4.1).
 
@@ -69,6 +76,8 @@ class Block(nn.Module):
         for name in fits:
             branch = BRANCHES[name](spec, norm, generator).to(conv.weight)
             branch.assume_white_input()
+            # Until it is settled a block computes what its conv did.
+            nn.init.zeros_(branch.bn.weight)
             # A frozen conv (frozen_stages, an EMA copy) has frozen branches.
             self.branches[name] = branch.requires_grad_(conv.weight.requires_grad)
         # What importances are relative to: the standard deviation of the conv's output.
@@ -131,7 +140,8 @@ class Block(nn.Module):
             weight, bias = self._kernel_for_use()
             spec = self.spec
             return F.conv2d(x, weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
-        # In place: neither a conv nor a BN needs its output for the backward.
+        # In place: neither a conv nor a BN needs its output for the backward. Who keeps what a
+        # forward hook on `branches.kxk` shows must clone it.
         out = self.branches[ORIGIN](x)
         for branch in self.added:
             out += branch(x)
@@ -197,7 +207,7 @@ class Block(nn.Module):
                 raise DyRepError(
                     f'no branch {name!r} to remove: the block has {", ".join(self.names[1:])}'
                 )
-        if not names:
+        if not (names := list(dict.fromkeys(names))):
             return
         weight, bias = add(self.branches[name].kernel() for name in names)
         for name in names:
@@ -216,4 +226,5 @@ class Block(nn.Module):
         elif isinstance(inner, Block):
             inner._shift(bias)
         elif bias.any():
-            inner.bias, inner.gained_bias = nn.Parameter(bias.clone()), True
+            gain_bias(inner)
+            inner.bias.add_(bias)

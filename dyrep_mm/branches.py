@@ -226,9 +226,9 @@ class PointwiseSpatial(Branch):
 
     def build(self, norm: NormFactory, generator: Generator | None) -> None:
         spec = self.spec
-        # One channel per group leaves a 1x1 nothing to mix: DBB doubles the channels there.
-        middle = spec.in_channels * (2 if spec.depthwise else 1)
-        self.pre = _make_conv((spec.in_channels, middle), (1, 1), generator, groups=spec.groups)
+        # DBB doubles the channels between on a depthwise conv; Table 3 counts no such thing.
+        middle = spec.in_channels
+        self.pre = _make_conv((middle, middle), (1, 1), generator, groups=spec.groups)
         self.pre_bn = norm(middle)
         self.conv = _make_conv(
             (middle, spec.out_channels),
@@ -275,9 +275,7 @@ class PointwiseAverage(Branch):
 
     def stages(self) -> list[tuple[Kernel, _BatchNorm]]:
         spec = self.spec
-        average = make_kernel(
-            average_weight(spec.out_channels, spec.groups, spec.kernel_size, self.bn.weight)
-        )
+        average = make_kernel(average_weight(spec.out_channels, spec.kernel_size, self.bn.weight))
         if self.pre is None:
             return [(average, self.bn)]
         return [(kernel_of(self.pre), self.pre_bn), (average, self.bn)]

@@ -30,12 +30,13 @@ def calibrate(
 ) -> None:
     """Measure the BN statistics of the added branches of ``blocks``, and ``origin_std``.
 
-    All blocks are measured in one pass, in eval mode but for the measured norms; each forward
-    stops behind the last block. Several processes average what they measured. The kernels
-    are left alone: :meth:`Block.settle` comes after.
+    All blocks are measured in one pass, in the modes that the model is in: in train mode a
+    BN averages what it meets while training, and so must a new one. Each forward stops behind
+    the last block. Modes, and all buffers that are not measured, are restored; kernels are
+    left alone. Several processes average what they measured. :meth:`Block.settle` comes after.
 
     Args:
-        model: Contains the blocks; its modes are restored.
+        model: Contains the blocks.
         blocks: Blocks that were inserted and are not settled.
         batches: At least one batch.
         forward: Runs the model, or what of it reaches the blocks, on one batch.
@@ -67,11 +68,12 @@ def calibrate(
         if calls == calls_per_batch:
             raise _Reached
 
+    own = {id(buffer) for norm in norms for buffer in norm.buffers()}
+    others = [(buffer, buffer.clone()) for buffer in model.buffers() if id(buffer) not in own]
     handles = [b.branches[ORIGIN].register_forward_hook(on_origin(b)) for b in blocks]
     handles += [b.register_forward_hook(on_block) for b in blocks]
     try:
         with modes_kept(model):
-            model.eval()
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # a cumulative average
@@ -86,6 +88,8 @@ def calibrate(
             handle.remove()
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+        for buffer, kept in others:
+            buffer.copy_(kept)
     for block, measured in variances.items():
         if not measured:
             raise DyRepError('calibration never reached a block: no batch, or it is not in use')

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
+import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.runner import checkpoint as mmengine_checkpoint
 
@@ -28,7 +31,8 @@ class Record:
         structure: Of the model; None if the checkpoint is not of DyRep.
         journal: One entry per update, for people.
         updates: How many updates there were.
-        last: Epoch or iteration of the last one.
+        by_epoch: Whether ``last`` counts epochs; None if nothing is known of it.
+        last: Epoch or iteration of the last update.
         scores: Those gathered since, see :meth:`Saliency.state_dict`.
         warned: The log has said that the scores cancel.
     """
@@ -36,6 +40,7 @@ class Record:
     structure: Structure | None = None
     journal: list[dict[str, Any]] = field(default_factory=list)
     updates: int = 0
+    by_epoch: bool | None = None
     last: int = 0
     scores: dict[str, Any] | None = None
     warned: bool = False
@@ -49,6 +54,7 @@ class Record:
         }
         checkpoint[KEY] = {
             'updates': self.updates,
+            'by_epoch': self.by_epoch,
             'last': self.last,
             'scores': self.scores,
             'warned': self.warned,
@@ -65,21 +71,27 @@ class Record:
         said = meta.get(KEY) if isinstance(meta, Mapping) else None
         if said is None:
             return cls()
-        if not isinstance(said, Mapping):
-            raise DyRepError('the DyRep record of the checkpoint is malformed: not a mapping')
+        progress = checkpoint.get(KEY, {})
+        _check(isinstance(said, Mapping) and isinstance(progress, Mapping), 'not a mapping')
         check_structure(said.get('structure'))
-        structure = {path: list(names) for path, names in said['structure'].items()}
-        progress = checkpoint.get(KEY) or {}
-        numbers = [progress.get('updates', 0), progress.get('last', 0)]
-        if any(type(number) is not int or number < 0 for number in numbers):
-            raise DyRepError(f'the DyRep record of the checkpoint is malformed: counts {numbers}')
-        return cls(
-            structure,
-            list(said.get('journal') or []),
-            *numbers,
-            progress.get('scores'),
-            bool(progress.get('warned')),
+        record = cls(
+            {path: list(names) for path, names in said['structure'].items()},
+            said.get('journal', []),
+            **{f.name: progress[f.name] for f in fields(cls)[2:] if f.name in progress},
         )
+        counts = record.updates, record.last
+        _check(all(type(n) is int and n >= 0 for n in counts), f'counts {counts}')
+        _check(record.by_epoch in (None, True, False), f'by_epoch {record.by_epoch!r}')
+        _check(type(record.warned) is bool, f'warned {record.warned!r}')
+        _check(record.scores is None or isinstance(record.scores, Mapping), 'scores')
+        _check(type(record.journal) is list, 'journal')
+        _check(all(isinstance(entry, Mapping) for entry in record.journal), 'journal')
+        return record
+
+
+def _check(condition: bool, what: str) -> None:
+    if not condition:
+        raise DyRepError(f'the DyRep record of the checkpoint is malformed: {what}')
 
 
 def load_structure(source: str | Path | Mapping) -> Structure:
@@ -131,3 +143,38 @@ def load_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise DyRepError(f'{path} holds a {type(checkpoint).__name__}, a checkpoint is a dict')
     return checkpoint
+
+
+def is_whole(path: str | Path) -> bool:
+    """Whether ``torch.save`` has finished ``path``: it writes the table of contents last."""
+    try:
+        with zipfile.ZipFile(path):
+            return True
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def latest_checkpoint(work_dir: str | Path) -> str | None:
+    """The checkpoint to resume a run from; None where a run starts anew.
+
+    It is the one that mmengine would take, but for a process that was killed while writing it:
+    then the newest whole one beside it.
+    """
+    pointer = Path(work_dir) / 'last_checkpoint'
+    if not pointer.is_file():
+        return None
+    named = pointer.read_text().strip()
+    if '://' in named or is_whole(named):
+        return named
+    beside = {Path(work_dir), Path(named).parent}
+    files = [path for folder in beside for path in folder.glob('*.pth')]
+    # A best checkpoint holds no optimizer.
+    whole = [path for path in files if not path.name.startswith('best_') and is_whole(path)]
+    newest = max(whole, key=lambda path: path.stat().st_mtime_ns, default=None)
+    print_log(
+        f'DyRep: {named or "the last checkpoint"} is missing or was not written to its end; '
+        + (f'resuming from {newest}' if newest else 'there is no other: starting anew'),
+        logger='current',
+        level=logging.WARNING,
+    )
+    return None if newest is None else str(newest)

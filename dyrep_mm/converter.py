@@ -14,6 +14,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
+from dyrep_mm.block import gain_bias
 from dyrep_mm.checkpoint import KEY, Record, load_checkpoint, load_structure
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.registry import TASK_UTILS
@@ -24,7 +25,6 @@ from dyrep_mm.surgery import (
     blocks_of,
     expand,
     fuse,
-    gain_bias,
     get_module,
 )
 from dyrep_mm.version import __version__
@@ -163,7 +163,7 @@ def fuse_checkpoint(
     names = plain.state_dict().keys()
     biased = [n.removesuffix('.bias') for n in fused.state_dict() if n not in names]
     for path in biased:
-        gain_bias(get_module(plain, path), path)
+        gain_bias(get_module(plain, path))
         say(f'{path} gains a bias: no BN takes its output, so its plain config must have one')
     load_strictly(plain, fused.state_dict(), checkpoint)
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from mmengine.dist import broadcast_object_list
 from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from dyrep_mm.optim import check_optimizer, mirror, refresh_average, sync_optimi
 from dyrep_mm.registry import HOOKS
 from dyrep_mm.saliency import Saliency, check_metric
 from dyrep_mm.surgery import (
+    MAX_DEPTH,
     PRESETS,
     Scope,
     Structure,
@@ -106,6 +106,8 @@ class DyRepHook(Hook):
             optional = name in ('interval', 'end')
             if not (optional and value is None) and (type(value) is not int or value < least):
                 raise DyRepError(f'{name} must be an integer of at least {least}, got {value!r}')
+        if max_depth > MAX_DEPTH:
+            raise DyRepError(f'max_depth must be at most {MAX_DEPTH}, got {max_depth}')
         for name, value in (('init_scale', init_scale), ('prune_threshold', prune_threshold)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
                 raise DyRepError(f'{name} must be a number of at least 0, got {value!r}')
@@ -135,8 +137,10 @@ class DyRepHook(Hook):
         for hook in runner.hooks:
             if isinstance(hook, EMAHook) and runner.hooks.index(hook) < runner.hooks.index(self):
                 raise DyRepError('DyRepHook must have a higher priority than EMAHook')
+        runtime.choose_resume(runner)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        runtime.refuse_unsupported(runner)  # FlexibleRunner loads before before_run
         model = runtime.unwrap(runner.model)
         record = Record.from_checkpoint(checkpoint)
         if record.structure:
@@ -153,6 +157,8 @@ class DyRepHook(Hook):
         model = runtime.unwrap(runner.model)
         check_scope(model, self.scope)
         runner.model.train()  # the library's own train() says what is frozen
+        # With diff_rank_seed every rank has another; branches must be the same.
+        self.seed = runtime.from_rank_0(runner.seed if self.seed is None else self.seed)
         self._choose_unit(runner)
         for path, start in starts_in(model).items():
             self._take_over(runner, path, start)
@@ -217,6 +223,10 @@ class DyRepHook(Hook):
             raise DyRepError(
                 f'interval={self.interval} is never reached: training ends after {limit} {unit}'
             )
+        if self._record.by_epoch != self.by_epoch:
+            # A new run, or one resumed from a plain checkpoint or with another unit.
+            self._record.by_epoch = self.by_epoch
+            self._record.last = runner.epoch if self.by_epoch else runner.iter
 
     def _watch(self, runner: Runner) -> None:
         """Score the present candidates from now on."""
@@ -238,14 +248,18 @@ class DyRepHook(Hook):
 
     @property
     def _ended(self) -> bool:
-        return self.end is not None and self._record.last + self.interval > self.end
+        return self.end is not None and self._due > self.end
+
+    @property
+    def _due(self) -> int:
+        """Epoch or iteration of the next update: the next multiple of ``interval``."""
+        return (self._record.last // self.interval + 1) * self.interval
 
     def _update_if_due(self, runner: Runner, now: int, limit: int) -> None:
         if self.interval is None or self._ended or (self.end is not None and now > self.end):
             return
         # In the middle of gradient accumulation an update waits for the optimizer step.
-        due = now // self.interval > self._record.last // self.interval
-        if due and now < limit and runner.optim_wrapper.should_update():
+        if self._due <= now < limit and runner.optim_wrapper.should_update():
             self.update(runner, now)
 
     def _check_loss(self, runner: Runner, outputs: dict | None) -> None:
@@ -267,7 +281,7 @@ class DyRepHook(Hook):
         record.updates += 1
         scores: dict[str, float] = {}
         if self._saliency is not None:
-            generator = runtime.make_generator(self._seed(runner), record.updates, 'scores')
+            generator = runtime.make_generator(self.seed, record.updates, 'scores')
             scores = self._saliency.means(generator)
             if self._saliency.cancelled() and not record.warned:
                 record.warned = True
@@ -282,7 +296,7 @@ class DyRepHook(Hook):
             grow=self.grow_per_update,
             threshold=self.prune_threshold,
         )
-        (plan,) = _from_rank_0([plan])
+        plan, scores, importances = runtime.from_rank_0((plan, scores, importances))
         self._edit(runner, plan)
         record.last = now
         unit = 'epoch' if self.by_epoch else 'iteration'
@@ -301,9 +315,6 @@ class DyRepHook(Hook):
 
     def _fits(self, model: nn.Module, path: str) -> bool:
         return bool(fitting(ConvSpec.of(get_module(model, path)), self.branches))
-
-    def _seed(self, runner: Runner) -> int:
-        return runner.seed if self.seed is None else self.seed
 
     def _start(self, runner: Runner, model: nn.Module) -> None:
         if isinstance(self.structure, str) and self.structure in PRESETS:
@@ -335,7 +346,7 @@ class DyRepHook(Hook):
     def _edit(self, runner: Runner, plan: Plan, structure: Structure | None = None) -> None:
         """Change the structure and all that depends on it; every rank runs the same."""
         model = runtime.unwrap(runner.model)
-        number, seed = self._record.updates, self._seed(runner)
+        number, seed = self._record.updates, self.seed
         try:
             if structure:
                 blocks = apply_structure(
@@ -389,7 +400,7 @@ class DyRepHook(Hook):
             refresh_average(averaged)
         optimizer = runtime.optimizer_of(runner)
         if optimizer is not None:
-            sync_optimizer(optimizer, model)
+            sync_optimizer(optimizer, model, runtime.param_settings(runner))
         runtime.rewrap(runner)
         if optimizer is not None:
             runner.model.train()  # frozen stages and norm_eval, as the library wants them
@@ -409,11 +420,6 @@ class DyRepHook(Hook):
             f'{len(blocks)} blocks, {sum(len(b.added) for b in blocks.values())} branches, '
             f'{size / 1e6:.2f} M parameters'
         )
-
-
-def _from_rank_0(objects: list) -> list:
-    broadcast_object_list(objects)
-    return objects
 
 
 def _check_keys(model: nn.Module, checkpoint: dict, resume: bool) -> None:

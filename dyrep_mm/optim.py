@@ -6,8 +6,10 @@ need no repair: a new parameter joins the group of the one it stands beside.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -40,12 +42,23 @@ def donors(model: nn.Module) -> dict[Parameter, list[Parameter]]:
     return result
 
 
-def sync_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
+def sync_optimizer(
+    optimizer: Optimizer, model: nn.Module, settings: Mapping[Parameter, Any] | None = None
+) -> None:
     """Drop parameters that left ``model``, with their state, and add those that are new.
+
+    A new parameter joins the group of the one beside it; where the config would treat the two
+    differently, the group of one that it treats alike, if there is any.
 
     Every group is kept in the order of ``model.named_parameters()``, so that the layout of a
     saved optimizer follows from the Structure alone. What stays keeps its state.
+
+    Args:
+        optimizer: Trained ``model`` before it changed.
+        model: As it is now.
+        settings: What the config gives each parameter; all the same by default.
     """
+    settings = settings or {}
     order = {id(p): i for i, p in enumerate(model.parameters())}
     group_of: dict[int, int] = {}
     for number, group in enumerate(optimizer.param_groups):
@@ -55,10 +68,14 @@ def sync_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
             else:
                 optimizer.state.pop(parameter, None)
     beside = donors(model)
+    old = [p for p in model.parameters() if id(p) in group_of and p not in beside]
     for parameter in model.parameters():
         if parameter.requires_grad and id(parameter) not in group_of:
-            near = (group_of[id(p)] for p in beside.get(parameter, ()) if id(p) in group_of)
-            group_of[id(parameter)] = next(near, 0)
+            near = [p for p in beside.get(parameter, ()) if id(p) in group_of]
+            wanted = settings.get(parameter)
+            alike = (p for p in (*near, *old) if settings.get(p) == wanted)
+            like = next(alike, near[0] if near else old[0])
+            group_of[id(parameter)] = group_of[id(like)]
     members: list[list[Parameter]] = [[] for _ in optimizer.param_groups]
     for parameter in model.parameters():
         if id(parameter) in group_of:
@@ -66,8 +83,19 @@ def sync_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
     names = {id(p): name for name, p in model.named_parameters()}
     for group, parameters in zip(optimizer.param_groups, members, strict=True):
         group['params'] = parameters
+        _start_momentum(optimizer, group)
         if 'param_names' in group:
             group['param_names'] = [names[id(p)] for p in parameters]
+
+
+def _start_momentum(optimizer: Optimizer, group: dict[str, Any]) -> None:
+    """Give new parameters a momentum of zero where torch's fused SGD, once it runs, wants one
+    of every parameter; other optimizers start the state of each when it comes."""
+    states = [optimizer.state.get(parameter, {}) for parameter in group['params']]
+    if group.get('fused') and any(state.get('momentum_buffer') is not None for state in states):
+        for parameter in group['params']:
+            if optimizer.state[parameter].get('momentum_buffer') is None:
+                optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
 
 
 def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
@@ -88,9 +116,9 @@ def mirror(averaged: nn.Module, model: nn.Module, plan: Plan) -> None:
 
     New branches start with the model's values: there is nothing to average yet.
     """
-    for path in plan.grow:
-        grown = get_module(model, path)
-        block = insert(averaged, path, grown.names)
+    blocks = {path: insert(averaged, path, get_module(model, path).names) for path in plan.grow}
+    for path in reversed(blocks):  # inner ones first
+        grown, block = get_module(model, path), blocks[path]
         for name, branch in grown.branches.items():
             if name != ORIGIN:
                 block.branches[name].load_state_dict(branch.state_dict())

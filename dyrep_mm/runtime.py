@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.dataset import DefaultSampler
+from mmengine.dist import broadcast_object_list
 from mmengine.hooks import EMAHook
-from mmengine.model import is_model_wrapper
-from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.model import MMSeparateDistributedDataParallel, is_model_wrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict, build_optim_wrapper
 from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from dyrep_mm.checkpoint import latest_checkpoint
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.surgery import in_scope
 
@@ -45,6 +47,33 @@ def optimizer_of(runner: Runner) -> torch.optim.Optimizer | None:
     return wrapper.optimizer if isinstance(wrapper, OptimWrapper) else None
 
 
+def from_rank_0(value: Any) -> Any:
+    """The value of rank 0, on every rank."""
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
+
+
+def param_settings(runner: Runner) -> dict[nn.Parameter, dict[str, Any]]:
+    """What the config of the optimizer (``paramwise_cfg``) gives each parameter at the start.
+
+    Empty if all of them have the same, or the runner was not built from a config.
+    """
+    config = runner.cfg.get('optim_wrapper')
+    if len(optimizer_of(runner).param_groups) < 2 or not isinstance(config, dict):
+        return {}
+    runner.logger.disabled = True  # the constructor tells every option of every parameter
+    try:
+        wrapper = build_optim_wrapper(unwrap(runner.model), copy.deepcopy(config))
+    finally:
+        runner.logger.disabled = False
+    return {
+        parameter: {key: v for key, v in group.items() if not key.startswith('param')}
+        for group in wrapper.optimizer.param_groups
+        for parameter in group['params']
+    }
+
+
 def make_seed(*key: Any) -> int:
     """A seed that depends on ``key`` alone: the same on every rank and after a resume."""
     digest = hashlib.sha256('/'.join(map(str, key)).encode()).digest()
@@ -67,11 +96,15 @@ def refuse_unsupported(runner: Any) -> None:
         refused = 'ApexOptimWrapper', 'AmpOptimWrapper'
     elif type(optimizer_of(runner)).__name__ == 'ZeroRedundancyOptimizer':
         refused = 'ZeroRedundancyOptimizer', 'the optimizer it wraps'
-    elif is_model_wrapper(runner.model) and not isinstance(
-        runner.model, nn.parallel.DistributedDataParallel
+    elif isinstance(optimizer_of(runner), (torch.optim.Adagrad, torch.optim.LBFGS)):
+        # They make the state of all parameters once.
+        refused = type(optimizer_of(runner)).__name__, 'SGD, AdamW or another'
+    elif is_model_wrapper(runner.model) and (
+        not isinstance(runner.model, nn.parallel.DistributedDataParallel)
+        or isinstance(runner.model, MMSeparateDistributedDataParallel)
     ):
         refused = type(runner.model).__name__, 'MMDistributedDataParallel'
-    elif runner.cfg.get('compile', False):
+    elif runner.cfg.get('compile') not in (None, False):  # an empty dict compiles
         refused = 'compile', 'compile=False, or compile the fused model'
     elif runner.cfg.get('efficient_conv_bn_eval', None):
         refused = 'efficient_conv_bn_eval', 'nothing: a block in eval mode is one conv already'
@@ -79,6 +112,14 @@ def refuse_unsupported(runner: Any) -> None:
         refused = 'a teacher and a student in one model', 'one model'
     if refused:
         raise DyRepError('DyRepHook does not work with {}; use {}'.format(*refused))
+
+
+def choose_resume(runner: Runner) -> None:
+    """Let ``resume=True`` continue from the newest checkpoint that was written to its end,
+    where mmengine would fail on what a killed process has left."""
+    if runner._resume and runner._load_from is None and not runner._has_loaded:
+        runner._load_from = from_rank_0(latest_checkpoint(runner.work_dir))
+        runner._resume = runner._load_from is not None
 
 
 @contextmanager
@@ -148,5 +189,8 @@ def rewrap(runner: Runner) -> None:
     if not is_model_wrapper(runner.model):
         return
     module = runner.model.module
+    communication_hooks = runner.model._comm_hooks
     runner.model = None  # the old reducer's gradient hooks go with the old wrapper
     runner.model = runner.wrap_model(copy.deepcopy(runner.cfg.get('model_wrapper_cfg')), module)
+    for hook, state in communication_hooks:
+        runner.model.register_comm_hook(state, hook)

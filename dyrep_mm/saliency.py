@@ -70,6 +70,7 @@ class Saliency:
             len(self._metrics), len(self.paths), dtype=torch.float64, device=device
         )
         self._counts = torch.zeros(len(self.paths), dtype=torch.float64, device=device)
+        self._used: tuple[tuple[int, ...] | None, Tensor] = None, self._counts
 
     @torch.no_grad()
     def gather(
@@ -98,9 +99,15 @@ class Saliency:
         good = scores.isfinite().all()
         if found_inf is not None:
             good = good & (found_inf == 0).to(good.device).all()
-        index = torch.tensor(used, device=scores.device)
+        index = self._index_of(tuple(used))
         self._sums.index_add_(1, index, torch.where(good, scores, 0.0))
         self._counts.index_add_(0, index, good.to(self._counts).expand(len(used)))
+
+    def _index_of(self, used: tuple[int, ...]) -> Tensor:
+        # Kept, since a copy to an accelerator waits for it.
+        if self._used[0] != used:
+            self._used = used, torch.tensor(used, device=self._counts.device)
+        return self._used[1]
 
     def means(self, generator: torch.Generator | None = None) -> dict[str, float]:
         """Average score per operation; operations that were never counted are left out.
@@ -138,9 +145,16 @@ class Saliency:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> bool:
-        """Continue from a checkpoint; False if it scored other operations or otherwise."""
+        """Continue from a checkpoint; False if it scored other operations or otherwise.
+
+        Raises:
+            DyRepError: what is there is no scores.
+        """
         if state.get('metric') != self.metric or state.get('paths') != self.paths:
             return False
-        self._sums.copy_(state['sums'])
-        self._counts.copy_(state['counts'])
+        for name, own in (('sums', self._sums), ('counts', self._counts)):
+            saved = state.get(name)
+            if not isinstance(saved, Tensor) or saved.shape != own.shape:
+                raise DyRepError(f'the scores of the checkpoint are malformed: {name}')
+            own.copy_(saved)
         return True

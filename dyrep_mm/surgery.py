@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from dyrep_mm.block import Block
+from dyrep_mm.block import Block, gain_bias
 from dyrep_mm.branches import (
     OPERATIONS,
     ORIGIN,
@@ -47,6 +49,9 @@ _NORMALISE = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 # A Structure may come from a stranger's file.
 _MAX_BLOCKS = 10_000
+
+#: How deep blocks may nest.
+MAX_DEPTH = 16
 
 
 def get_module(model: nn.Module, path: str) -> nn.Module:
@@ -191,11 +196,16 @@ def neighbour_norm(model: nn.Module, path: str) -> _BatchNorm | None:
     at = [sibling for sibling, _ in siblings].index(name)
     near = [module for _, module in siblings[at + 1 :] + siblings[:at]]
     for module in near:
-        if isinstance(module, _BatchNorm) and module.num_features == channels:
+        if _takes_images(module) and module.num_features == channels:
             return module
     inside = {id(m) for block in blocks_of(model).values() for m in block.modules()}
-    norms = (m for m in model.modules() if isinstance(m, _BatchNorm) and id(m) not in inside)
-    return next(norms, None)
+    return next((m for m in model.modules() if _takes_images(m) and id(m) not in inside), None)
+
+
+def _takes_images(module: nn.Module) -> bool:
+    """Whether ``module`` is a BN of images; mmengine's that replaces SyncBN takes anything."""
+    vectors_or_volumes = (nn.BatchNorm1d, nn.BatchNorm3d)
+    return isinstance(module, _BatchNorm) and not isinstance(module, vectors_or_volumes)
 
 
 def _norm_like(norm: _BatchNorm | None) -> NormFactory:
@@ -219,6 +229,8 @@ def insert(
     conv = get_module(model, path)
     if not isinstance(conv, nn.Conv2d):
         raise DyRepError(f'{path} is a {type(conv).__name__}, only a conv can grow')
+    if not path:
+        raise DyRepError('the model itself is the conv: only a conv inside a model can grow')
     if reason := _obstacle(model, path, conv, _uses(model)):
         raise DyRepError(f'{path} cannot grow: {reason}')
     try:
@@ -299,6 +311,8 @@ def check_structure(structure: Any) -> None:
             raise DyRepError(f'structure, {path}: {error}') from None
         if len(set(names)) != len(names) or (names and names[0] != ORIGIN):
             raise DyRepError(f'structure, {path}: operations start with kxk and differ: {names}')
+        if path.split('.').count('branches') >= MAX_DEPTH:
+            raise DyRepError(f'a structure is at most {MAX_DEPTH} blocks deep, got {path[:200]}')
 
 
 def preset(
@@ -336,7 +350,7 @@ def apply_structure(
         for path in sorted(structure, key=lambda p: p.count('.')):
             names = list(structure[path])
             if path in present:
-                if present[path] != names:
+                if set(present[path]) != set(names):
                     raise DyRepError(
                         f'{path} has the operations {present[path]}, the structure says {names}'
                     )
@@ -344,7 +358,9 @@ def apply_structure(
                 inserted[path] = insert(model, path, names, generator)
             else:
                 conv = get_module(model, path)
-                gain_bias(conv, path)
+                if not isinstance(conv, nn.Conv2d) or conv.bias is not None:
+                    raise DyRepError(f'{path} is not a conv without bias')
+                gain_bias(conv)
                 gained.append(conv)
     except DyRepError as error:
         for path in reversed(inserted):
@@ -353,14 +369,6 @@ def apply_structure(
             conv.bias, conv.gained_bias = None, False
         raise DyRepError(f'the structure does not fit the model: {error}') from None
     return list(inserted.values())
-
-
-def gain_bias(conv: nn.Module, path: str) -> None:
-    """Give a conv without bias one, of zeros."""
-    if not isinstance(conv, nn.Conv2d) or conv.bias is not None:
-        raise DyRepError(f'{path} is not a conv without bias')
-    conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))
-    conv.gained_bias = True
 
 
 def expand(
@@ -417,6 +425,36 @@ def _biased(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+class _Uses(TorchDispatchMode):
+    """Notes which watched tensors are used by anything but a norm, views and in-place changes
+    included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, str] = {}  # storage of an output -> path of its module
+        self.kept: list[Tensor] = []  # alive, so that a storage means one output
+        self.elsewhere: set[str] = set()
+        self.in_norm = False
+
+    def watch(self, path: str, output: Tensor) -> None:
+        self.made[output.untyped_storage().data_ptr()] = path
+        self.kept.append(output)
+
+    def maker(self, value: Any) -> str | None:
+        """Path of the module that made ``value``, if it is a watched tensor."""
+        if not isinstance(value, Tensor):
+            return None
+        return self.made.get(value.untyped_storage().data_ptr())
+
+    def note(self, values: Any) -> None:
+        self.elsewhere.update(p for v in tree_leaves(values) if (p := self.maker(v)) is not None)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not self.in_norm:
+            self.note((args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+
 def following_norms(
     model: nn.Module,
     paths: Iterable[str],
@@ -425,23 +463,25 @@ def following_norms(
 ) -> dict[str, list[_BatchNorm]]:
     """The BNs that take the outputs of the modules at ``paths``, found by watching one forward.
 
-    A path is listed if every output of its module goes into a BN that takes nothing else.
+    A path is listed if every output of its module goes into BNs that take nothing else, and
+    nowhere but there.
     """
-    made: dict[int, str] = {}  # id of an output -> path of the module that made it
-    kept = []  # keeps the outputs alive, so that an id means one tensor
-    outputs: dict[str, int] = Counter()
+    uses = _Uses()
     taken: dict[_BatchNorm, list[str | None]] = defaultdict(list)
+    absorbed: dict[str, set[int]] = defaultdict(set)
 
     def on_output(path: str) -> Callable:
-        def hook(_module: nn.Module, _args: tuple, output: Tensor) -> None:
-            kept.append(output)
-            made[id(output)] = path
-            outputs[path] += 1
+        return lambda _module, _args, output: uses.watch(path, output)
 
-        return hook
+    def before_norm(norm: _BatchNorm, args: tuple) -> None:
+        uses.in_norm = True
+        path = uses.maker(args[0])
+        taken[norm].append(path)
+        if path is not None:
+            absorbed[path].add(args[0].untyped_storage().data_ptr())
 
-    def on_norm(norm: _BatchNorm, args: tuple) -> None:
-        taken[norm].append(made.get(id(args[0])))
+    def after_norm(*_: Any) -> None:
+        uses.in_norm = False
 
     sources = {path: get_module(model, path) for path in paths}
     inside = {id(m) for source in sources.values() for m in source.modules()}
@@ -449,22 +489,31 @@ def following_norms(
     for norm in model.modules():
         if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
             if id(norm) not in inside:
-                handles.append(norm.register_forward_pre_hook(on_norm))
+                handles.append(norm.register_forward_pre_hook(before_norm))
+                handles.append(norm.register_forward_hook(after_norm))
     try:
         with modes_kept(model), torch.no_grad():
             model.eval()
-            forward(model, inputs)
+            with uses:
+                result = forward(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
+    uses.note(result)
 
     norms: dict[str, list[_BatchNorm]] = defaultdict(list)
-    absorbed: dict[str, int] = Counter()
+    unclear = set(uses.elsewhere)
     for norm, makers in taken.items():
-        if len(set(makers)) == 1 and makers[0] is not None:
+        if len(set(makers)) > 1:
+            unclear.update(path for path in makers if path is not None)
+        elif makers[0] is not None:
             norms[makers[0]].append(norm)
-            absorbed[makers[0]] += len(makers)
-    return {path: norms[path] for path in norms if absorbed[path] == outputs[path]}
+    outputs = Counter(uses.made.values())
+    return {
+        path: found
+        for path, found in norms.items()
+        if path not in unclear and len(absorbed[path]) == outputs[path]
+    }
 
 
 @torch.no_grad()
@@ -502,5 +551,7 @@ def fuse(
             vars(conv).pop('gained_bias', None)
         else:
             conv.bias.data = bias.to(dtype)
+        if not path:
+            return conv
         replace(fused, path, conv)
     return fused

@@ -8,6 +8,7 @@ functions are differentiable and keep dtype and device (section 3 of the paper, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -50,12 +51,16 @@ def add(kernels: Iterable[Kernel]) -> Kernel:
 def chain(first: Kernel, second: Kernel, groups: int = 1) -> Kernel:
     """Kernel of ``second(first(x))``: a ``1x1`` followed by a ``kxk``, both with ``groups``.
 
-    ``first`` has weight (mid, in / groups, 1, 1), ``second`` (out, mid / groups, kh, kw); the
-    result is (out, in / groups, kh, kw). Exact at the border too if the padding of ``second``
-    holds what ``first`` makes of zeros, see :mod:`dyrep_mm.branches`.
+    ``first`` has weight (mid, in / groups, 1, 1), ``second`` (out, mid / groups, kh, kw) or,
+    one filter per channel, (mid, 1, kh, kw); the result is (out, in / groups, kh, kw). Exact
+    at the border too if the padding of ``second`` holds what ``first`` makes of zeros, see
+    :mod:`dyrep_mm.branches`.
     """
     mid, narrow = first.weight.shape[:2]
-    out, _, kh, kw = second.weight.shape
+    out, wide, kh, kw = second.weight.shape
+    if wide == 1 and out == mid:
+        bias = first.bias * second.weight.sum((1, 2, 3)) + second.bias
+        return Kernel(first.weight * second.weight, bias)
     pointwise = first.weight.reshape(groups, mid // groups, narrow)
     spatial = second.weight.reshape(groups, out // groups, mid // groups, kh, kw)
     weight = torch.einsum('gomhw,gmi->goihw', spatial, pointwise)
@@ -70,10 +75,9 @@ def identity_weight(channels: int, groups: int, like: Tensor) -> Tensor:
     return eye.repeat(groups, 1).view(channels, narrow, 1, 1)
 
 
-def average_weight(channels: int, groups: int, size: tuple[int, int], like: Tensor) -> Tensor:
-    """Weight (channels, channels / groups, kh, kw) of an average pooling, padding counted."""
-    kh, kw = size
-    return identity_weight(channels, groups, like).expand(-1, -1, kh, kw) / (kh * kw)
+def average_weight(channels: int, size: tuple[int, int], like: Tensor) -> Tensor:
+    """Weight (channels, 1, kh, kw) of an average pooling, padding counted."""
+    return like.new_full((channels, 1, *size), 1 / math.prod(size))
 
 
 def pad_to(kernel: Kernel, size: tuple[int, int]) -> Kernel:

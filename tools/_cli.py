@@ -12,7 +12,7 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from dyrep_mm.checkpoint import load_checkpoint
+from dyrep_mm.checkpoint import Record, load_checkpoint
 from dyrep_mm.errors import DyRepError
 
 
@@ -68,8 +68,20 @@ def build_runner(config: Config) -> Runner:
     return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
 
 
-def check_local(path: str | None) -> dict | None:
-    """Read a local checkpoint, so that a bad one ends here; None for an address."""
+def check_local(path: str | None, config: Config) -> None:
+    """Read a local checkpoint, so that one that is damaged, or has a structure that no hook of
+    ``config`` rebuilds, ends here."""
     if path is None or '://' in path:
-        return None
-    return load_checkpoint(path)
+        return
+    if Record.from_checkpoint(load_checkpoint(path)).structure and not has_hook(config):
+        raise DyRepError(
+            f'{path} has a structure and {config.filename} no DyRepHook to rebuild it: '
+            'add the hook to the config, or fuse the checkpoint with tools/fuse.py'
+        )
+
+
+def has_hook(config: Config) -> bool:
+    """Whether a DyRepHook is among the hooks of a config."""
+    hooks = [*config.get('default_hooks', {}).values(), *(config.get('custom_hooks') or [])]
+    types = (hook.get('type') for hook in hooks if hook)
+    return any(str(getattr(t, '__name__', t)).endswith('DyRepHook') for t in types)

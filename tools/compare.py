@@ -35,7 +35,7 @@ class Collect(Hook):
 def evaluate(args: argparse.Namespace, config: str, checkpoint: str) -> tuple[dict, list]:
     """Metrics and predictions of a checkpoint."""
     cfg = load_config(argparse.Namespace(**{**vars(args), 'config': config}))
-    check_local(checkpoint)
+    check_local(checkpoint, cfg)
     cfg.load_from = checkpoint
     cfg.experiment_name = f'compare_{Path(checkpoint).stem}_{Path(config).stem}'
     runner = build_runner(cfg)

@@ -6,7 +6,6 @@ import os
 from _cli import add_common, build_runner, check_local, load_config, sentence
 from mmengine.evaluator import DumpResults
 
-from dyrep_mm.checkpoint import Record
 from dyrep_mm.errors import DyRepError
 
 
@@ -21,24 +20,12 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def has_hook(config: dict) -> bool:
-    """Whether a DyRepHook is among the hooks of a config."""
-    hooks = [*config.get('default_hooks', {}).values(), *(config.get('custom_hooks') or [])]
-    types = (hook.get('type') for hook in hooks if hook)
-    return any(str(getattr(t, '__name__', t)).endswith('DyRepHook') for t in types)
-
-
 def main() -> None:
     args = parse_args()
     with sentence('test'):
         config = load_config(args)
         config.load_from = args.checkpoint
-        loaded = check_local(args.checkpoint)
-        if loaded is not None and Record.from_checkpoint(loaded).structure and not has_hook(config):
-            raise DyRepError(
-                f'{args.checkpoint} has a structure and {args.config} no DyRepHook to rebuild it: '
-                'add the hook to the config, or fuse the checkpoint with tools/fuse.py'
-            )
+        check_local(args.checkpoint, config)
         if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
             raise DyRepError(f'--out must end in .pkl or .pickle, got {args.out}')
         runner = build_runner(config)

@@ -5,8 +5,8 @@ import os
 
 from _cli import add_common, build_runner, check_local, load_config, sentence
 from mmengine.config import Config
-from mmengine.runner import find_latest_checkpoint
 
+from dyrep_mm.checkpoint import latest_checkpoint
 from dyrep_mm.errors import DyRepError
 
 
@@ -43,10 +43,10 @@ def configure(args: argparse.Namespace) -> Config:
     if args.resume is not None:
         config.resume = True
         config.load_from = None if args.resume == 'auto' else args.resume
-    start = config.get('load_from')
-    if config.get('resume') and start is None and os.path.isdir(config.work_dir):
-        start = find_latest_checkpoint(config.work_dir)
-    check_local(start)
+    if config.get('resume') and config.get('load_from') is None:
+        config.load_from = latest_checkpoint(config.work_dir)
+        config.resume = config.load_from is not None
+    check_local(config.get('load_from'), config)
     return config
 
 
