@@ -30,7 +30,7 @@ class PlainVGG(BaseBackbone):
         norm_cfg: dict | None = None,
         init_cfg: dict | list | None = None,
     ):
-        super().__init__(init_cfg or [dict(type='Kaiming', layer=['Conv2d'])])
+        super().__init__(init_cfg or [{'type': 'Kaiming', 'layer': ['Conv2d']}])
         settings = RepVGG.arch_settings[arch]
         groups = settings['group_layer_map'] or {}
         widths = [int(base_channels * 2**i * f) for i, f in enumerate(settings['width_factor'])]
@@ -47,7 +47,7 @@ class PlainVGG(BaseBackbone):
                     stride=stride,
                     padding=1,
                     groups=groups.get(number, 1),
-                    norm_cfg=norm_cfg or dict(type='BN'),
+                    norm_cfg=norm_cfg or {'type': 'BN'},
                 )
             )
             inputs = outputs

@@ -1,0 +1,14 @@
+# CIFAR-10 with the recipe of Table 2 (section 5.1): 600 epochs, batch 128, SGD with momentum 0.9
+# and weight decay 1e-4, cosine learning rate from 0.1.
+_base_ = [
+    'mmpretrain::_base_/datasets/cifar10_bs16.py',
+    'mmpretrain::_base_/schedules/cifar10_bs128.py',
+    'mmpretrain::_base_/default_runtime.py',
+]
+
+train_dataloader = dict(batch_size=128)
+val_dataloader = dict(batch_size=128)
+test_dataloader = dict(batch_size=128)
+param_scheduler = dict(_delete_=True, type='CosineAnnealingLR', by_epoch=True, T_max=600)
+train_cfg = dict(max_epochs=600)
+default_hooks = dict(checkpoint=dict(interval=50))

@@ -1,0 +1,1 @@
+_base_ = ['./plainvgg-a2_in1k.py', '../_base_/dyrep.py']
