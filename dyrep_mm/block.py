@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from dyrep_mm.branches import (
     BRANCHES,
@@ -28,6 +30,21 @@ def gain_bias(conv: nn.Conv2d) -> None:
     zeros = conv.weight.new_zeros(conv.out_channels)
     conv.bias = nn.Parameter(zeros, requires_grad=conv.weight.requires_grad)
     conv.gained_bias = True
+
+
+@contextmanager
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Batch statistics are used and not recorded: the first forward has done that."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+    kept = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum, batches in kept:
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(batches)
 
 
 class Block(nn.Module):
@@ -54,6 +71,10 @@ class Block(nn.Module):
     transposed = False
     output_padding = (0, 0)
     padding_mode = 'zeros'
+
+    #: Compute branch outputs again in the backward instead of keeping them: less memory, more
+    #: time. In train mode only; a linear block keeps nothing anyway.
+    recompute = False
 
     def __init__(
         self,
@@ -144,8 +165,19 @@ class Block(nn.Module):
         # forward hook on `branches.kxk` shows must clone it.
         out = self.branches[ORIGIN](x)
         for branch in self.added:
-            out += branch(x)
+            out += self._recomputed(branch, x) if self.recompute else branch(x)
         return out
+
+    @staticmethod
+    def _recomputed(branch: Branch, x: Tensor) -> Tensor:
+        """Output of ``branch``, of which the backward keeps ``x`` alone."""
+        return checkpoint(
+            branch,
+            x,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), _statistics_kept(branch)),
+        )
 
     def _kernel_for_use(self) -> Kernel:
         """The merged kernel, kept between calls without gradients until a tensor changes.

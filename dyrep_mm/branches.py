@@ -13,10 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dyrep_mm.errors import DyRepError
@@ -246,6 +248,24 @@ class PointwiseSpatial(Branch):
         return [(kernel_of(self.pre), self.pre_bn), (kernel_of(self.conv), self.bn)]
 
 
+class _AveragePool(torch.autograd.Function):
+    """Average pooling without padding that keeps no input: its backward needs only the size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: Pair, stride: Pair) -> Tensor:
+        ctx.shape, ctx.size, ctx.stride = x.shape, size, stride
+        return F.avg_pool2d(x, size, stride)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        like = grad.new_empty(()).expand(ctx.shape)
+        pooled = torch.ops.aten.avg_pool2d_backward(
+            grad, like, ctx.size, ctx.stride, [0, 0], False, True, None
+        )
+        return pooled, None, None
+
+
 class PointwiseAverage(Branch):
     """``1x1-avg``: a 1x1 conv, a BN, then an average pooling; depthwise: the pooling alone."""
 
@@ -271,7 +291,7 @@ class PointwiseAverage(Branch):
         x = pad(x, self.spec.padding)
         if self.pre is not None:
             x = self.pre_bn(x)
-        return self.bn(F.avg_pool2d(x, self.spec.kernel_size, self.spec.stride))
+        return self.bn(_AveragePool.apply(x, self.spec.kernel_size, self.spec.stride))
 
     def stages(self) -> list[tuple[Kernel, _BatchNorm]]:
         spec = self.spec

@@ -67,6 +67,8 @@ class DyRepHook(Hook):
         structure: What to start from: ``'dbb'``, ``'dbb7'``, ``'repvgg'``, a Structure file
             or a checkpoint.
         seed: Of new branches and calibration; by default the runner's.
+        recompute: Compute the outputs of branches again in the backward instead of keeping
+            them: training takes less memory and more time.
 
     Raises:
         DyRepError: an option has no meaning; at the start of training, the runner, the scope
@@ -92,6 +94,7 @@ class DyRepHook(Hook):
         max_depth: int = 2,
         structure: str | Mapping[str, Sequence[str]] | None = None,
         seed: int | None = None,
+        recompute: bool = False,
     ):
         check_metric(metric)
         if branches is not None:
@@ -124,6 +127,7 @@ class DyRepHook(Hook):
         self.max_depth = max_depth
         self.structure = structure
         self.seed = seed
+        self.recompute = bool(recompute)
         self._restored = False
         self._record = Record()
         self._saliency: Saliency | None = None
@@ -396,7 +400,10 @@ class DyRepHook(Hook):
     def _follow(self, runner: Runner) -> None:
         """Bring in step with the model what refers to its parameters."""
         model = runtime.unwrap(runner.model)
+        for block in blocks_of(model).values():
+            block.recompute = self.recompute
         for averaged in runtime.averaged_models(runner):
+            runtime.share(averaged.module)
             refresh_average(averaged)
         optimizer = runtime.optimizer_of(runner)
         if optimizer is not None:

@@ -2,5 +2,12 @@
 
 _base_ = './fpn_r50_digits.py'
 
-# In iterations, which is what the loop counts: four updates within 160.
-custom_hooks = [dict(type='dyrep_mm.DyRepHook', interval=32)]
+custom_hooks = [
+    dict(
+        type='dyrep_mm.DyRepHook',
+        interval=32,  # iterations, which is what the loop counts: four updates within 160
+        metric='snip',  # the default cancels in front of BN that trains
+        # Thousands of iterations move scales by hundredths, which is what the default waits for.
+        prune_threshold=1e-4,
+    )
+]
