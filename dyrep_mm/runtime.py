@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.dataset import DefaultSampler
-from mmengine.dist import broadcast_object_list
+from mmengine.dist import broadcast, broadcast_object_list
 from mmengine.hooks import EMAHook
 from mmengine.model import MMSeparateDistributedDataParallel, is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict, build_optim_wrapper
@@ -182,6 +182,13 @@ def calibration_forward(runner: Runner, paths: list[str]) -> Callable[[Any], Non
                 model._run_forward(data, mode='loss')
 
     return forward
+
+
+def share(module: nn.Module) -> None:
+    """Give every rank the parameters of rank 0, as DDP does with what it wraps: a branch is
+    absorbed with BN statistics, and those are each rank's own."""
+    for parameter in module.parameters():
+        broadcast(parameter.data)
 
 
 def rewrap(runner: Runner) -> None:
