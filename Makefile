@@ -7,7 +7,7 @@ PY := .venv/bin/python
 JOBS := $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 export PYTHONPATH :=
 
-.PHONY: setup demo lint test test-all clean
+.PHONY: setup demo lint test test-all soak clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready
@@ -62,6 +62,13 @@ test: lint
 
 test-all: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
+
+# Kills training processes, and edits models at random, for as long as you like.
+KILLS ?= 100
+SEQUENCES ?= 200
+soak: .venv/.ready
+	OMP_NUM_THREADS=1 DYREP_KILLS=$(KILLS) DYREP_SEQUENCES=$(SEQUENCES) $(PY) -m pytest -m "" \
+	    --timeout 0 tests/test_kill.py tests/test_sequences.py
 
 clean:
 	rm -rf .venv data/digits $(dir $(STAGE_C)) $(dir $(STAGE_D)) $(DEMO)
