@@ -249,21 +249,36 @@ class PointwiseSpatial(Branch):
 
 
 class _AveragePool(torch.autograd.Function):
-    """Average pooling without padding that keeps no input: its backward needs only the size."""
+    """Average pooling without padding that keeps no input: its backward needs only the size.
+
+    On the CPU it runs as a depthwise conv, which is several times faster there.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: Pair, stride: Pair) -> Tensor:
         ctx.shape, ctx.size, ctx.stride = x.shape, size, stride
-        return F.avg_pool2d(x, size, stride)
+        if x.device.type != 'cpu':
+            return F.avg_pool2d(x, size, stride)
+        channels = x.shape[1]
+        return F.conv2d(x, average_weight(channels, size, x), stride=stride, groups=channels)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        like = grad.new_empty(()).expand(ctx.shape)
-        pooled = torch.ops.aten.avg_pool2d_backward(
-            grad, like, ctx.size, ctx.stride, [0, 0], False, True, None
-        )
-        return pooled, None, None
+        size, stride = ctx.size, ctx.stride
+        if grad.device.type != 'cpu':
+            like = grad.new_empty(()).expand(ctx.shape)
+            pool = torch.ops.aten.avg_pool2d_backward
+            return pool(grad, like, size, stride, [0, 0], False, True, None), None, None
+        channels = grad.shape[1]
+        # What no window reached at the end got nothing.
+        rest = [
+            n - (g - 1) * s - k
+            for n, g, s, k in zip(ctx.shape[2:], grad.shape[2:], stride, size, strict=True)
+        ]
+        weight = average_weight(channels, size, grad)
+        spread = F.conv_transpose2d(grad, weight, None, stride, 0, rest, channels)
+        return spread, None, None
 
 
 class PointwiseAverage(Branch):
