@@ -51,7 +51,7 @@ def test_the_scale_of_the_loss_does_not_matter(tmp_path, optimizer, count, clip)
     runs = []
     for scale in (1.0, 4096.0):
         wrapper = amp(optimizer, scale, accumulative_counts=count, clip_grad=clip)
-        run = runner(tmp_path / str(scale), [PRUNING], iters=9, optim_wrapper=wrapper)
+        run = runner(tmp_path / str(scale), [PRUNING], iters=9, every=100, optim_wrapper=wrapper)
         watch(run, lambda run: check_optimizer(run.optim_wrapper.optimizer, run.model))
         run.train()
         runs.append(run)
@@ -82,7 +82,7 @@ class Overflow(Hook):
 @pytest.mark.parametrize('optimizer', OPTIMIZERS, ids=identify)
 def test_an_iteration_that_overflows_counts_nothing(tmp_path, optimizer, count, clip):
     wrapper = amp(optimizer, {'init_scale': 4096.0}, accumulative_counts=count, clip_grad=clip)
-    run = runner(tmp_path, [NO_UPDATE], iters=101, optim_wrapper=wrapper)
+    run = runner(tmp_path, [NO_UPDATE], iters=101, every=100, optim_wrapper=wrapper)
     run.register_hook(Overflow(at=2), 'NORMAL')
     history = []
 
@@ -115,7 +115,7 @@ def test_an_iteration_that_overflows_counts_nothing(tmp_path, optimizer, count, 
 def test_scores_are_of_the_complete_gradient(tmp_path, count, clip):
     """Against gradients computed anew from the batches of each window."""
     wrapper = {'optimizer': SGD, 'accumulative_counts': count, 'clip_grad': clip}
-    run = runner(tmp_path, [NO_UPDATE], iters=101, optim_wrapper=wrapper)
+    run = runner(tmp_path, [NO_UPDATE], iters=101, every=100, optim_wrapper=wrapper)
     expected: dict[str, list[float]] = {}
     sums: list[torch.Tensor] = []
 
@@ -168,7 +168,7 @@ def test_resumed_with_its_scaler(tmp_path, optimizer):
 @pytest.mark.parametrize('optimizer', OPTIMIZERS, ids=identify)
 def test_growing_under_autocast(tmp_path, optimizer):
     """Kernels, statistics and importances stay in the precision of the parameters."""
-    run = runner(tmp_path, [PRUNING], iters=9, optim_wrapper=amp(optimizer))
+    run = runner(tmp_path, [PRUNING], iters=9, every=100, optim_wrapper=amp(optimizer))
     run.train()
     for name, tensor in run.model.state_dict().items():
         assert tensor.dtype in (torch.float32, torch.int64), name

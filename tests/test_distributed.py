@@ -22,22 +22,20 @@ ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
 
 
-def spawn(folder: Path, case: str) -> list[dict]:
-    """Run a case of ``worker.py`` in two processes; what each of them reports."""
+@pytest.fixture(scope='module')
+def reports(tmp_path_factory) -> list[dict]:
+    """All cases of ``worker.py`` in two processes; what each of them reports."""
+    folder = tmp_path_factory.mktemp('ranks')
     command = [sys.executable, str(Path(__file__).with_name('worker.py')), str(folder)]
     processes = []
     for rank in range(2):
         with (folder / f'log_{rank}').open('w') as log:
-            processes.append(
-                subprocess.Popen(
-                    [*command, str(rank), '2', case],
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=ENVIRONMENT,
-                )
+            process = subprocess.Popen(
+                [*command, str(rank), '2'], stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT
             )
+            processes.append(process)
     try:
-        codes = [process.wait(timeout=120) for process in processes]
+        codes = [process.wait(timeout=240) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -58,25 +56,25 @@ def assert_in_step(first: dict, second: dict, iters: int = 9, updates: int = 4) 
 
 
 @pytest.mark.parametrize('case', ['average', 'scores', 'accumulate'])
-def test_ranks_stay_in_step(tmp_path, case):
+def test_ranks_stay_in_step(reports, case):
     """With an average beside the model; with ranks that disagree on what to grow; with
     gradients that are accumulated before they are averaged."""
-    first, second = spawn(tmp_path, case)
+    first, second = (report[case] for report in reports)
     assert_in_step(first, second, *((10, 4) if case == 'accumulate' else ()))
     assert any(entry['pruned'] for entry in first['journal'])
 
 
-def test_ranks_with_seeds_of_their_own(tmp_path):
-    first, second = spawn(tmp_path, 'seeds')
+def test_ranks_with_seeds_of_their_own(reports):
+    first, second = (report['seeds'] for report in reports)
     assert first['own'] != second['own']
     assert_in_step(first, second)
     assert len(first['unwrapped']) == 4
     assert first['unwrapped'] == second['unwrapped']
 
 
-def test_wrapper_survives(tmp_path):
+def test_wrapper_survives(reports):
     """Every wrapper has the settings and communication hook of the first."""
-    first, second = spawn(tmp_path, 'wrapper')
+    first, second = (report['wrapper'] for report in reports)
     assert_in_step(first, second)
     assert len(first['wrapper']) == 9
     for wrapper in first['wrapper']:
@@ -95,15 +93,15 @@ def test_wrapper_survives(tmp_path):
     assert len(set(at_step)) > 3
 
 
-def test_resumed_together(tmp_path):
+def test_resumed_together(reports):
     """Every rank resumes from the same file, and goes on as if nothing had happened."""
-    first, second = spawn(tmp_path, 'resume')
+    first, second = (report['resume'] for report in reports)
     assert len(first['again']) == 3
     assert first['again'] == second['again'] == first['whole'][6:]
 
 
-def test_wrappers_that_are_refused(tmp_path):
-    first, second = spawn(tmp_path, 'refuse')
+def test_wrappers_that_are_refused(reports):
+    first, second = (report['refuse'] for report in reports)
     assert first == second
     for name, said in first.items():
         assert said == f'DyRepHook does not work with {name}; use MMDistributedDataParallel'
@@ -192,4 +190,15 @@ def test_several_optimizers_are_refused(tmp_path):
     run.optim_wrapper = OptimWrapperDict(**both)
     run.param_schedulers = None
     with pytest.raises(DyRepError, match='OptimWrapperDict'):
+        run.train()
+
+
+@pytest.mark.parametrize('name', ['ZeroRedundancyOptimizer', 'ApexOptimWrapper'])
+def test_foreign_optimizers_are_refused(tmp_path, name):
+    """By name: what they come from is not installed, or wants several processes."""
+    run = runner(tmp_path, [FAST], iters=4)
+    run.optim_wrapper = run.build_optim_wrapper(run.optim_wrapper)
+    foreign = run.optim_wrapper.optimizer if name.startswith('Zero') else run.optim_wrapper
+    foreign.__class__ = type(name, (type(foreign),), {})
+    with pytest.raises(DyRepError, match=f'does not work with {name}; use'):
         run.train()

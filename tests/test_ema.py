@@ -59,7 +59,7 @@ def test_average_follows(tmp_path, average, buffers):
         pytest.importorskip('mmdet')
     hook = {'type': 'EMAHook', 'ema_type': average['type'], 'update_buffers': buffers}
     hook |= {key: value for key, value in average.items() if key != 'type'}
-    run = runner(tmp_path, [PRUNING, hook], iters=ITERS)
+    run = runner(tmp_path, [PRUNING, hook], iters=ITERS, every=100)
     jumps, seen = [], []
     edit = dyrep(run)._edit
 

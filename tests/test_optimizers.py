@@ -11,7 +11,7 @@ import torch
 from mmengine.optim import scheduler
 from mmengine.optim.scheduler.param_scheduler import _ParamScheduler
 from mmengine.registry import MODELS
-from tiny import FAST, PRUNING, TinyClassifier, dyrep, runner, watch
+from tiny import FAST, PRUNING, TinyClassifier, assert_same_run, dyrep, runner, watch
 
 import dyrep_mm.hook
 from dyrep_mm import runtime
@@ -34,7 +34,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, script: tuple[Plan, ...] = SCRIPT)
     """Make the hook follow a script; returns its settings."""
     plans = list(script)
     monkeypatch.setattr(dyrep_mm.hook, 'make_plan', lambda *_args, **_options: plans.pop(0))
-    return {**FAST, 'interval': 1, 'end': len(script)}
+    return {**FAST, 'interval': 1, 'calibration_batches': 1, 'end': len(script)}
 
 
 def options_of(run) -> dict[str, dict]:
@@ -50,7 +50,7 @@ def histories(tmp_path: Path, monkeypatch, hook: dict | None = None, **settings)
     """Options by parameter after every iteration: of a run with the hook, and of a run without
     it whose model is built in the final shape."""
     hook = hook or scripted(monkeypatch)
-    evolved = runner(tmp_path / 'evolved', [hook], iters=ITERS, **settings)
+    evolved = runner(tmp_path / 'evolved', [hook], iters=ITERS, every=100, **settings)
     model = settings.pop('model', {'type': 'TinyClassifier'})
     history, expected = [], []
     watch(evolved, lambda run: history.append(options_of(run)))
@@ -58,7 +58,7 @@ def histories(tmp_path: Path, monkeypatch, hook: dict | None = None, **settings)
     evolved.train()
     final = MODELS.build(model)
     apply_structure(final, structure_of(evolved.model))
-    oracle = runner(tmp_path / 'oracle', iters=ITERS, model=final, **settings)
+    oracle = runner(tmp_path / 'oracle', iters=ITERS, every=100, model=final, **settings)
     watch(oracle, lambda run: expected.append(options_of(run)))
     oracle.train()
     assert len(history) == len(expected) == ITERS
@@ -207,6 +207,27 @@ def test_new_parameters_have_what_the_config_gives_them(tmp_path, monkeypatch, o
     assert len({str(options) for options in history[-1].values()}) > 1
 
 
+@pytest.mark.parametrize('at', [2, 3, 6])
+def test_layout_on_resume(tmp_path, monkeypatch, at):
+    """Torch restores state by position: the groups that a resume builds at once, from the
+    structure, are those that grew one by one."""
+    settings = {
+        'optim_wrapper': wrapper(custom_keys={'conv2': {'lr_mult': 0.1}}, norm_decay_mult=0.0),
+        'param_scheduler': {'type': 'CosineAnnealingLR', 'by_epoch': False, 'T_max': ITERS},
+        'iters': ITERS,
+    }
+    whole = runner(tmp_path, [scripted(monkeypatch)], **settings)
+    whole.train()
+    assert structure_of(whole.model)['backbone.conv1'] == []
+    hook = scripted(monkeypatch, SCRIPT[at:])
+    file = str(tmp_path / f'iter_{at}.pth')
+    again = runner(
+        tmp_path / 'again', [{**hook, 'end': len(SCRIPT)}], **settings, load_from=file, resume=True
+    )
+    again.train()
+    assert_same_run(whole, again)
+
+
 def test_layer_decay_of_mmdet(tmp_path, monkeypatch):
     """One group for each layer, which names its parameters."""
     from mmpretrain.models.backbones import ConvNeXt
@@ -270,7 +291,11 @@ OPTIMIZERS = [
 def test_state_survives(tmp_path, optimizer):
     """Around every update, the state of what stays is the same tensors with the same values."""
     run = runner(
-        tmp_path, [PRUNING], iters=9, optim_wrapper={'optimizer': {'lr': 1e-3, **optimizer}}
+        tmp_path,
+        [PRUNING],
+        iters=9,
+        every=100,
+        optim_wrapper={'optimizer': {'lr': 1e-3, **optimizer}},
     )
     held, seen = {}, []
 

@@ -1,4 +1,4 @@
-"""One process of a distributed run in tests: ``worker.py FOLDER RANK WORLD CASE``."""
+"""One process of distributed runs in tests: ``worker.py FOLDER RANK WORLD``."""
 
 from __future__ import annotations
 
@@ -109,7 +109,10 @@ def case_seeds(folder: Path, rank: int) -> dict:
 
     runtime.rewrap = spy
     report['own'] = report['run'].seed
-    return finish(report)
+    try:
+        return finish(report)
+    finally:
+        runtime.rewrap = rewrap
 
 
 def case_scores(folder: Path, rank: int) -> dict:
@@ -217,14 +220,20 @@ def pretend(name: str, module: torch.nn.Module) -> torch.nn.Module:
     return wrapper
 
 
+CASES: dict[str, Callable[[Path, int], dict]] = {
+    name.removeprefix('case_'): call
+    for name, call in list(globals().items())
+    if name.startswith('case_')
+}
+
+
 def main() -> None:
-    folder, rank, world, case = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(world))
     dist.init_process_group(
         'gloo', init_method=f'file://{folder}/meeting', rank=rank, world_size=world
     )
-    call: Callable[[Path, int], dict] = globals()[f'case_{case}']
-    report = call(folder, rank)
+    report = {name: call(folder / name, rank) for name, call in CASES.items()}
     (folder / f'report_{rank}.json').write_text(json.dumps(report))
     dist.barrier()
 
