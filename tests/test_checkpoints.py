@@ -165,11 +165,11 @@ def test_no_update_after_the_end(tmp_path, end, expected):
 
 
 def test_end_with_updates_that_wait(tmp_path):
-    """With accumulation over 3 the update due at 2 waits until 3; the one at 4 until 6."""
-    wrapper = {'optimizer': {'type': 'SGD', 'lr': 0.05}, 'accumulative_counts': 3}
-    hook = {**PRUNING, 'end': 7}
-    runner(tmp_path, [hook], iters=12, optim_wrapper=wrapper).train()
-    assert updates(tmp_path / 'iter_12.pth') == [3, 6]
+    """With accumulation over 2 the update due at 5 waits until 6; the last one is still at 10."""
+    wrapper = {'optimizer': {'type': 'SGD', 'lr': 0.05}, 'accumulative_counts': 2}
+    hook = {**PRUNING, 'interval': 5, 'end': 10}
+    runner(tmp_path, [hook], iters=18, every=18, optim_wrapper=wrapper).train()
+    assert updates(tmp_path / 'iter_18.pth') == [6, 10]
 
 
 # What other parts of mmengine do with checkpoints
@@ -410,7 +410,10 @@ def test_structure_of_a_stranger(tmp_path, made, structure, word):
 
 
 def test_the_deepest_structure_works(tmp_path):
-    hook = {'type': 'dyrep_mm.DyRepHook', 'interval': None, 'structure': deep(MAX_DEPTH)}
+    # In a file: mmengine formats the whole config for every checkpoint, at length.
+    (tmp_path / 'deep.json').write_text(json.dumps(deep(MAX_DEPTH)))
+    structure = str(tmp_path / 'deep.json')
+    hook = {'type': 'dyrep_mm.DyRepHook', 'interval': None, 'structure': structure}
     run = runner(tmp_path, [hook], iters=2)
     run.train()
     again = runner(tmp_path, [hook], iters=2, val=1, load_from=str(tmp_path / 'iter_2.pth'))

@@ -104,10 +104,16 @@ def test_killed_while_it_writes_and_while_it_edits(tmp_path, whole, kind):
             seen += process.stdout.readline() == 'edits\n'
 
     def writes(process: subprocess.Popen) -> None:
-        # The newest checkpoint is being written, when there is an older one.
+        # A checkpoint is being written, when there is an older one. Where best checkpoints are
+        # kept, it is the one that a resume would take: the last is then written anew.
+        pointer = work_dir / 'last_checkpoint'
         while process.poll() is None:
             files = [p for p in work_dir.glob('*_*.pth') if not p.name.startswith('best')]
-            if len(files) > 1 and not all(map(is_whole, files)):
+            if kind == 'epochs':
+                looked_at = [Path(pointer.read_text())] if pointer.is_file() else []
+            else:
+                looked_at = files
+            if len(files) > 1 and not all(map(is_whole, looked_at)):
                 return
             time.sleep(0.002)
 
