@@ -14,13 +14,13 @@ setup: .venv/.ready
 
 .venv/.stack: requirements.txt requirements/build.txt
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -r requirements/build.txt
-	MAX_JOBS=$(JOBS) $(PY) -m pip install --no-build-isolation -c requirements/build.txt -r requirements.txt
+	$(PY) -m pip install -q -r requirements/build.txt
+	MAX_JOBS=$(JOBS) $(PY) -m pip install -q --no-build-isolation -c requirements/build.txt -r requirements.txt
 	touch $@
 
 .venv/.ready: .venv/.stack requirements/test.txt setup.py
-	$(PY) -m pip install -c requirements/build.txt -r requirements/test.txt
-	$(PY) -m pip install --no-build-isolation --no-deps -e .
+	$(PY) -m pip install -q -c requirements/build.txt -r requirements/test.txt
+	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
 # The demo, step by step: a file that is there is not made again.
