@@ -12,7 +12,7 @@ import torch
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.registry import DATASETS, TRANSFORMS, init_default_scope
+from mmengine.registry import DATASETS, HOOKS, TRANSFORMS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData, PixelData
 from mmpretrain.models import ResNet
@@ -45,7 +45,7 @@ class Synthetic(Dataset):
         self.metainfo: dict[str, Any] = {'classes': ()}
 
     def __len__(self) -> int:
-        return 8
+        return 1000
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(index)
@@ -186,3 +186,33 @@ def test_first_iteration_trains(name, tmp_path, stage_c):
         assert set(structure_of(runner.model))
     else:
         assert set(structure_of(runner.model)) == expected
+
+
+def test_the_table_has_every_config():
+    table = (FOLDER / 'README.md').read_text()
+    rows = [name for name in CONFIGS if not name.startswith('demo')]
+    names = [name.removeprefix('classification/') for name in rows]
+    assert not [name for name in names if f'| `{name}` |' not in table]
+
+
+@pytest.mark.parametrize(
+    ('name', 'options', 'expected'),
+    [
+        ('classification/vgg16_dyrep_cifar10.py', {'custom_hooks.0.metric': 'snip'}, 'snip'),
+        (
+            'detection/fpn_r50_coco.py',
+            {
+                'default_hooks.dyrep.type': 'dyrep_mm.DyRepHook',
+                'default_hooks.dyrep.metric': 'snip',
+            },
+            'snip',
+        ),
+    ],
+)
+def test_options_of_the_command_line(name, options, expected):
+    """What configs/README.md and docs/projects.md say works with --cfg-options."""
+    cfg = load(name)
+    cfg.merge_from_dict(options)
+    (hook,) = hooks_in(cfg) or [cfg.default_hooks.dyrep]
+    init_default_scope(cfg.default_scope)
+    assert HOOKS.build(hook).metric == expected
