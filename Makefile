@@ -58,10 +58,10 @@ lint: .venv/.ready
 
 # One torch thread in each process is faster than several in one.
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow"
 
 test-all: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
 
 # Kills training processes, and edits models at random, for as long as you like.
 KILLS ?= 100
