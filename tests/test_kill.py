@@ -107,14 +107,25 @@ def test_killed_while_it_writes_and_while_it_edits(tmp_path, whole, kind):
         # A checkpoint is being written, when there is an older one. Where best checkpoints are
         # kept, it is the one that a resume would take: the last is then written anew.
         pointer = work_dir / 'last_checkpoint'
-        while process.poll() is None:
+
+        def torn() -> bool:
             files = [p for p in work_dir.glob('*_*.pth') if not p.name.startswith('best')]
             if kind == 'epochs':
-                looked_at = [Path(pointer.read_text())] if pointer.is_file() else []
+                # Empty for a moment, when it is written.
+                named = pointer.read_text() if pointer.is_file() else ''
+                looked_at = [Path(named)] if named else []
             else:
                 looked_at = files
-            if len(files) > 1 and not all(map(is_whole, looked_at)):
-                return
+            return len(files) > 1 and not all(map(is_whole, looked_at))
+
+        while process.poll() is None:
+            if torn():
+                # Held still for a second look: on a busy machine it may have gone on.
+                process.send_signal(signal.SIGSTOP)
+                time.sleep(0.05)
+                if torn():
+                    return
+                process.send_signal(signal.SIGCONT)
             time.sleep(0.002)
 
     for wait in (edits, writes):
