@@ -63,13 +63,15 @@ class Saliency:
         check_metric(metric)
         self.metric = metric
         self.paths = list(paths)
-        # `vote` needs all metrics; the absolute sum tells whether the signed one cancelled.
+        # `vote` needs all metrics; the absolute sum of the first iteration tells whether the
+        # signed ones cancel.
         wanted = {'vote': tuple(METRICS), 'random': (), 'synflow': ('synflow', 'snip')}
         self._metrics = wanted.get(metric, (metric,))
         self._sums = torch.zeros(
             len(self._metrics), len(self.paths), dtype=torch.float64, device=device
         )
         self._counts = torch.zeros(len(self.paths), dtype=torch.float64, device=device)
+        self._started = False
         self._used: tuple[tuple[int, ...] | None, Tensor] = None, self._counts
 
     @torch.no_grad()
@@ -92,7 +94,9 @@ class Saliency:
             return
         kernels = [weights[self.paths[i]] for i in used]
         grads = [kernel.grad for kernel in kernels]
-        rows = [METRICS[name](kernels, grads) for name in self._metrics]
+        wanted = self._metrics[:1] if self.metric == 'synflow' and self._started else self._metrics
+        self._started = True
+        rows = [METRICS[name](kernels, grads) for name in wanted]
         scores = torch.stack(rows).to(self._sums)
         if loss_scale is not None:
             scores = scores / loss_scale.to(scores)
@@ -100,7 +104,7 @@ class Saliency:
         if found_inf is not None:
             good = good & (found_inf == 0).to(good.device).all()
         index = self._index_of(tuple(used))
-        self._sums.index_add_(1, index, torch.where(good, scores, 0.0))
+        self._sums[: len(rows)].index_add_(1, index, torch.where(good, scores, 0.0))
         self._counts.index_add_(0, index, good.to(self._counts).expand(len(used)))
 
     def _index_of(self, used: tuple[int, ...]) -> Tensor:
@@ -131,6 +135,7 @@ class Saliency:
         if self.metric != 'synflow' or not self.paths:
             return False
         signed, absolute = self._sums.abs()
+        signed = signed / self._counts.clamp_min(1)
         seen = absolute > 0
         rounding = signed[seen] < CANCELLED * absolute[seen]
         return bool(rounding.float().mean() > 0.5) if seen.any() else False
@@ -157,4 +162,5 @@ class Saliency:
             if not isinstance(saved, Tensor) or saved.shape != own.shape:
                 raise DyRepError(f'the scores of the checkpoint are malformed: {name}')
             own.copy_(saved)
+        self._started = bool(state['counts'].any())
         return True

@@ -150,9 +150,9 @@ def write_project(folder: Path, library: str, style: str, digits: Path) -> Path:
         ('mmdet', 'text'),
         ('mmseg', 'text'),
         ('mmpretrain', 'python'),
-        pytest.param('mmpretrain', 'text', marks=pytest.mark.slow),
-        pytest.param('mmdet', 'python', marks=pytest.mark.slow),
-        pytest.param('mmseg', 'python', marks=pytest.mark.slow),
+        ('mmpretrain', 'text'),
+        ('mmdet', 'python'),
+        ('mmseg', 'python'),
     ],
 )
 def test_trains_and_tests_with_its_own_tools(tmp_path, wheel, digits, library, style):

@@ -267,3 +267,14 @@ def test_gathering_leaves_weights_and_gradients_alone():
     for path, weight in weights.items():
         assert torch.equal(weight, copies[path][0])
         assert torch.equal(weight.grad, copies[path][1])
+
+
+def test_the_absolute_sum_is_of_the_first_iteration_alone():
+    """It costs as much as the scores, and one iteration tells whether they cancel."""
+    weight = torch.tensor([1.0, -2.0]).view(1, 1, 1, 2).requires_grad_()
+    weight.grad = torch.full_like(weight, 3.0)
+    saliency = Saliency('synflow', ['a'])
+    for _ in range(3):
+        saliency.gather({'a': weight})
+    assert saliency.state_dict()['sums'].tolist() == [[-9.0], [9.0]]
+    assert saliency.means() == {'a': -3.0}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import multiprocessing
 import statistics
 import subprocess
@@ -38,7 +39,6 @@ from dyrep_mm.surgery import blocks_of, candidates, get_module, preset, structur
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs/fpn_r50_dyrep_coco.py'
-AVERAGE = 5.05e9  # multiply-adds of the paper's average structure on ResNet-50 (Table 3)
 
 
 class Backbone(nn.Module):
@@ -54,7 +54,8 @@ class Backbone(nn.Module):
 
 
 def average_structure(model: nn.Module) -> dict[str, list[str]]:
-    """Every fourth 3x3 conv with all operations: about the paper's average size."""
+    """Every fourth 3x3 conv with all operations: about the 5.05e9 multiply-adds that the paper's
+    structures have on average (Table 3)."""
     everything = list(preset(model, 'dbb7').items())
     return dict(everything[1::4])
 
@@ -268,15 +269,11 @@ def fuse_tool() -> dict[str, float]:
 
 
 def multiply_adds(variant: str) -> float:
-    """Multiply-adds of the backbone at 224x224, convs alone."""
-    model = prepare(variant, 'train', 'cpu')
-    for block in blocks_of(model).values():
-        type(block).is_linear = False  # count the branches, not the merged conv
+    """Multiply-adds of the backbone on one image of 224x224 pixels, in units of 1e9."""
+    model = prepare(variant, 'train', 'cpu')  # in eval mode a block is one conv
     inputs = (torch.zeros(2, 3, 224, 224),)
-    return (
-        get_model_complexity_info(model, inputs=inputs, show_table=False, show_arch=False)['flops']
-        / 2
-    )
+    info = get_model_complexity_info(model, inputs=inputs, show_table=False, show_arch=False)
+    return info['flops'] / 2 / 1e9
 
 
 def rows(args: argparse.Namespace) -> list[tuple[str, str, Callable[[], dict[str, float]]]]:
@@ -313,7 +310,7 @@ def rows(args: argparse.Namespace) -> list[tuple[str, str, Callable[[], dict[str
             lambda: compare('recompute', 'train', middle, args),
         ),
         (
-            f'train BN, average structure, {shape[1]}',
+            f'train BN, average structure, {multiply_adds("average"):.2f} G, {shape[1]}',
             'time 1.25, memory 1.20',
             lambda: compare('average', 'train', middle, args),
         ),
@@ -335,6 +332,7 @@ def main() -> None:
     parser.add_argument('--out', type=Path, help='JSON file for the figures')
     args = parser.parse_args()
     args.threads = torch.get_num_threads()
+    logging.disable(logging.WARNING)  # of the counter, about operators that cost nothing
     if args.quick:
         args.runs = min(args.runs, 3)
     table = PrettyTable(['row', 'target', 'time', 'low - high', 'memory', 'seconds'])
