@@ -130,3 +130,18 @@ def test_the_hook_says_whether_to_recompute(tmp_path, recompute):
     blocks = blocks_of(run.model).values()
     assert blocks
     assert all(block.recompute is recompute for block in blocks)
+
+
+def test_activation_checkpointing_of_mmengine_goes_on_working(tmp_path):
+    """It wraps the forward of modules above the blocks, also of those that grow later."""
+    from mmengine.runner import Runner
+    from runners import config
+
+    hook = {'interval': 2, 'calibration_batches': 1, 'metric': 'snip'}
+    cfg = config(tmp_path, hook=hook, iters=6)
+    cfg.activation_checkpointing = ['backbone.layer1', 'backbone.layer4']
+    run = Runner.from_cfg(cfg)
+    run.train()
+    assert len(blocks_of(run.model)) == 2
+    for parameter in run.model.parameters():
+        assert parameter.isfinite().all()
