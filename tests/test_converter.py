@@ -11,7 +11,7 @@ from runners import config, runner
 
 import dyrep_mm
 from dyrep_mm import converter
-from dyrep_mm.checkpoint import load_checkpoint
+from dyrep_mm.checkpoint import Record, load_checkpoint
 from dyrep_mm.converter import build_model, features, fuse_checkpoint, relative_difference
 from dyrep_mm.errors import DyRepError
 
@@ -122,3 +122,41 @@ def test_converter_from_a_config(tmp_path, source):
 def test_converter_refuses():
     with pytest.raises(DyRepError, match='no checkpoint file'):
         TASK_UTILS.build({'type': 'dyrep_mm.DyRepConverter', 'structure': 'dbb9'})
+
+
+@pytest.mark.parametrize('wrong', [False, True])
+def test_blocks_of_a_head_are_verified_too(tmp_path, wrong, monkeypatch):
+    """The features do not need them."""
+    plain = tmp_path / 'plain.py'
+    cfg = config(tmp_path / 'plain', iters=8)
+    cfg.dump(plain)
+    build = converter.build_model
+
+    def with_head_conv(cfg):
+        model = build(cfg)
+        model.head.conv = torch.nn.Conv2d(4, 4, 3, padding=1)
+        return model
+
+    monkeypatch.setattr(converter, 'build_model', with_head_conv)
+    model = with_head_conv(cfg)
+    dyrep_mm.grow(model, 'head.conv')
+    torch.nn.init.normal_(model.head.conv.branches['1x1'].bn.weight)
+    checkpoint = {'meta': {}, 'state_dict': model.state_dict()}
+    Record(dyrep_mm.structure_of(model)).to_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / 'grown.pth')
+    right = converter.fuse
+
+    def changed(model, inputs, **options):
+        fused = right(model, inputs, **options)
+        fused.head.conv.weight.data.mul_(1.001)
+        return fused
+
+    if wrong:
+        monkeypatch.setattr(converter, 'fuse', changed)
+        with pytest.raises(DyRepError, match='not written'):
+            fuse_checkpoint(plain, tmp_path / 'grown.pth', tmp_path / 'out.pth')
+    else:
+        report = fuse_checkpoint(plain, tmp_path / 'grown.pth', tmp_path / 'out.pth')
+        assert report.blocks == 1
+        assert not report.biased
+    assert (tmp_path / 'out.pth').exists() is not wrong
