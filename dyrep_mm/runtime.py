@@ -15,7 +15,7 @@ import torch
 from mmengine.dataset import DefaultSampler
 from mmengine.dist import broadcast, broadcast_object_list
 from mmengine.hooks import EMAHook
-from mmengine.model import MMSeparateDistributedDataParallel, is_model_wrapper
+from mmengine.model import BaseTTAModel, MMSeparateDistributedDataParallel, is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict, build_optim_wrapper
 from mmengine.runner import Runner
 from torch import nn
@@ -28,8 +28,6 @@ from dyrep_mm.surgery import in_scope
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DDP and test-time-augmentation wrappers."""
-    from mmengine.model import BaseTTAModel
-
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     return model

@@ -59,9 +59,7 @@ def test_grows_prunes_and_tells(tmp_path, unit):
     hook = {**FAST, 'interval': 3 if 'iters' in unit else 1}
     run = runner(tmp_path, hook=hook, **unit)
     run.train()
-    (checkpoint,) = [p for p in tmp_path.glob('*.pth') if p.stem in ('epoch_1', 'epoch_4')][-1:]
     saved = load_checkpoint(sorted(tmp_path.glob('epoch_*.pth'))[-1])
-    assert checkpoint.exists()
     said = saved['meta']['dyrep_mm']
     assert said['structure'] == dyrep_mm.structure_of(run.model) != {}
     unit_name = 'iteration' if 'iters' in unit else 'epoch'

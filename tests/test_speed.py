@@ -28,7 +28,7 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def make_block(**modes) -> Block:
+def make_block() -> Block:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)).double()
     dyrep_mm.grow(model, '0')

@@ -1,14 +1,12 @@
 # DyRep in stages C and D (Table 5): the classifier's checkpoint starts the backbone with its
 # structure, which goes on evolving.
-_base_ = './fpn_r50_coco.py'
+_base_ = './fpn_r50_dyrep-c_coco.py'
 
 model = dict(
     backbone=dict(
         init_cfg=dict(
-            _delete_=True,
             type='dyrep_mm.DyRepPretrained',
             checkpoint='work_dirs/resnet50_dyrep_in1k/epoch_120.pth',
-            prefix='backbone.',
         ),
     ),
 )
