@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -15,13 +14,14 @@ from dyrep_mm.branches import (
     BRANCHES,
     ORIGIN,
     Branch,
-    ConvSpec,
     NormFactory,
     check_operations,
     fitting,
     kernel_of,
 )
 from dyrep_mm.errors import DyRepError
+from dyrep_mm.geometry import ConvSpec
+from dyrep_mm.moments import BlockInput
 from dyrep_mm.transforms import Kernel, add
 
 
@@ -47,6 +47,10 @@ def _statistics_kept(module: nn.Module) -> Iterator[None]:
             norm.num_batches_tracked.copy_(batches)
 
 
+def _is_watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
 class Block(nn.Module):
     """Parallel branches that stand for one conv (section 4.1).
 
@@ -55,7 +59,10 @@ class Block(nn.Module):
     block computes in eval mode.
 
     Where no norm of the block uses batch statistics (``norm_eval=True``, inference) the block
-    is linear and runs as one conv with the merged kernel, differentiably.
+    is linear and runs as one conv with the merged kernel, differentiably. In train mode the
+    branches whose batch statistics follow from those of the input (:mod:`dyrep_mm.moments`)
+    merge into that conv, the others run beside it. In half precision, under autocast, in a
+    trace, with SyncBN, or while hooks watch a module of the block, all branches run.
 
     Args:
         conv: The conv to stand for; its parameters stay the same objects.
@@ -154,25 +161,72 @@ class Block(nn.Module):
     def kernel(self) -> Kernel:
         """The whole block as one kernel, with the running statistics (Eq. 2)."""
         with torch.autocast(self.origin_std.device.type, enabled=False):
-            return add(kernel_of(branch) for branch in self.branches.values())
+            return add(map(kernel_of, self.branches.values()), self.kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.is_linear:
-            weight, bias = self._kernel_for_use()
-            spec = self.spec
-            return F.conv2d(x, weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
+            return self.spec.convolve(x, self._kernel_for_use())
+        if self._may_merge(x):
+            kernels, running = self._batch_kernels(BlockInput(x, self.spec, self.recompute))
+            out = self.spec.convolve(x, add(kernels, self.kernel_size))
+        else:
+            running = [(branch, None) for branch in self.added]
+            out = self.branches[ORIGIN](x)
         # In place: neither a conv nor a BN needs its output for the backward. Who keeps what a
         # forward hook on `branches.kxk` shows must clone it.
-        out = self.branches[ORIGIN](x)
-        for branch in self.added:
-            out += self._recomputed(branch, x) if self.recompute else branch(x)
+        for branch, opened in running:
+            out += self._output(branch, x, opened)
         return out
 
-    @staticmethod
-    def _recomputed(branch: Branch, x: Tensor) -> Tensor:
-        """Output of ``branch``, of which the backward keeps ``x`` alone."""
+    def _may_merge(self, x: Tensor) -> bool:
+        """Whether norms may fold with the statistics of the batch: these are known in full, it
+        pays, and nobody watches the branches."""
+        kind, spec = x.device.type, self.spec
+        # Kernels cost c^3 multiply-adds whatever the map; what merging saves grows with the map.
+        # On the CPU both are equal at about 8 places for each channel.
+        return (
+            x.numel() >= 8 * spec.in_channels**2 // spec.groups
+            and x.dtype == self.origin.weight.dtype
+            and x.dtype in (torch.float32, torch.float64)
+            and not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
+            and not torch.jit.is_tracing()
+            and not any(_is_watched(m) for child in self.children() for m in child.modules())
+            # A BN across processes, for one, has a forward of its own.
+            and all(
+                type(m).forward is _BatchNorm.forward
+                for m in self.modules()
+                if isinstance(m, _BatchNorm)
+            )
+        )
+
+    def _batch_kernels(
+        self, seen: BlockInput
+    ) -> tuple[list[Kernel], list[tuple[Branch, Kernel | None]]]:
+        """The kernels of what merges in train mode, and the branches that have to run, each with
+        what comes before its last BN if that merges."""
+        inner = self.branches[ORIGIN]
+        if isinstance(inner, Block):
+            kernels, running = inner._batch_kernels(seen)
+        else:
+            kernels, running = [kernel_of(inner)], []
+        for branch in self.added:
+            kernel = branch.batch_kernel(seen)
+            if kernel is None:
+                running.append((branch, branch.open_kernel(seen)))
+            else:
+                kernels.append(kernel)
+        return kernels, running
+
+    def _output(self, branch: Branch, x: Tensor, opened: Kernel | None) -> Tensor:
+        """Output of ``branch``, of which the backward keeps ``x`` alone if it may recompute."""
+
+        def output(x: Tensor) -> Tensor:
+            return branch(x) if opened is None else branch.bn(self.spec.convolve(x, opened))
+
+        if not self.recompute:
+            return output(x)
         return checkpoint(
-            branch,
+            output,
             x,
             use_reentrant=False,
             preserve_rng_state=False,
@@ -209,7 +263,8 @@ class Block(nn.Module):
     @torch.no_grad()
     def compensate(self) -> None:
         """Take the kernels of the added branches out of ``kxk`` (Eq. 6)."""
-        self.origin.weight.sub_(add(branch.kernel() for branch in self.added).weight)
+        kernel = add(map(kernel_of, self.added), self.kernel_size)
+        self.origin.weight.sub_(kernel.weight)
 
     @torch.no_grad()
     def settle(self, init_scale: float) -> None:
@@ -241,7 +296,7 @@ class Block(nn.Module):
                 )
         if not (names := list(dict.fromkeys(names))):
             return
-        weight, bias = add(self.branches[name].kernel() for name in names)
+        weight, bias = add((self.branches[name].kernel() for name in names), self.kernel_size)
         for name in names:
             del self.branches[name]
         self._merged = None

@@ -1,4 +1,5 @@
-"""The operations of Table 1 as modules: each equals one :class:`Kernel` in eval mode.
+"""The operations of Table 1 as modules: each equals one :class:`Kernel`, in eval mode with the
+running statistics, and in train mode, where it is worth it, with those of the batch.
 
 A branch is one or two stages, each a linear operation followed by a BN. The operation
 ``kxk`` is the conv itself and needs no class here.
@@ -12,16 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dyrep_mm.errors import DyRepError
+from dyrep_mm.geometry import ConvSpec, Pair, average_pool, crop, pad, sample
+from dyrep_mm.moments import BlockInput, fold_batch
 from dyrep_mm.transforms import (
     Kernel,
     average_weight,
@@ -29,80 +28,9 @@ from dyrep_mm.transforms import (
     fold_bn,
     identity_weight,
     make_kernel,
-    pad_to,
 )
 
-Pair = tuple[int, int]
 NormFactory = Callable[[int], _BatchNorm]
-
-
-@dataclass(frozen=True)
-class ConvSpec:
-    """Geometry of a conv, read once; pairs are (vertical, horizontal)."""
-
-    in_channels: int
-    out_channels: int
-    kernel_size: Pair
-    stride: Pair
-    padding: Pair
-    dilation: Pair
-    groups: int
-
-    @classmethod
-    def of(cls, conv: nn.Conv2d) -> ConvSpec:
-        """Read the geometry of ``conv``.
-
-        Raises:
-            DyRepError: the conv is one that no block can replace exactly.
-        """
-        if conv.padding_mode != 'zeros':
-            raise DyRepError(f'padding_mode {conv.padding_mode!r} is not "zeros"')
-        if math.prod(conv.kernel_size) == 1:
-            raise DyRepError('kernel size 1x1 has nothing to add to')
-        if any(k % 2 == 0 for k in conv.kernel_size):
-            raise DyRepError(f'kernel size {tuple(conv.kernel_size)} is not odd')
-        padding = conv.padding
-        if padding == 'valid':
-            padding = (0, 0)
-        elif padding == 'same':
-            spans = zip(conv.kernel_size, conv.dilation, strict=True)
-            padding = tuple(d * (k - 1) // 2 for k, d in spans)
-        return cls(
-            conv.in_channels,
-            conv.out_channels,
-            tuple(conv.kernel_size),
-            tuple(conv.stride),
-            tuple(padding),
-            tuple(conv.dilation),
-            conv.groups,
-        )
-
-    @property
-    def depthwise(self) -> bool:
-        """One filter per channel."""
-        return self.groups == self.in_channels == self.out_channels
-
-    def inset(self, size: Pair) -> tuple[Pair, Pair]:
-        """``(padding, crop)`` of a kernel of ``size`` that sits in the middle of this one."""
-        margins = [
-            p - d * (k - s) // 2
-            for p, d, k, s in zip(self.padding, self.dilation, self.kernel_size, size, strict=True)
-        ]
-        return tuple(max(m, 0) for m in margins), tuple(max(-m, 0) for m in margins)
-
-
-def pad(x: Tensor, margin: Pair) -> Tensor:
-    """``x`` (..., h, w) with ``margin`` rows and columns of zeros on each side."""
-    rows, cols = margin
-    return F.pad(x, (cols, cols, rows, rows)) if rows or cols else x
-
-
-def crop(x: Tensor, margin: Pair) -> Tensor:
-    """``x`` (..., h, w) without ``margin`` rows and columns on each side."""
-    rows, cols = margin
-    if not rows and not cols:
-        return x
-    return x[..., rows : x.shape[-2] - rows, cols : x.shape[-1] - cols]
 
 
 def kernel_of(module: nn.Module) -> Kernel:
@@ -147,13 +75,26 @@ class Branch(nn.Module):
         raise NotImplementedError
 
     def kernel(self) -> Kernel:
-        """This branch as one kernel of the size of the block, with the running statistics."""
+        """This branch as one kernel, with the running statistics."""
         merged = None
         for operation, bn in self.stages():
             if merged is not None:
                 operation = chain(merged, operation, self.spec.groups)
             merged = fold_bn(operation, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
-        return pad_to(merged, self.spec.kernel_size)
+        return merged
+
+    def batch_kernel(self, seen: BlockInput) -> Kernel | None:
+        """This branch as one kernel, its norms in the mode they are in.
+
+        They record the statistics of the batch. None where finding these without running the
+        branch would cost more than it saves.
+        """
+        return None
+
+    def open_kernel(self, seen: BlockInput) -> Kernel | None:
+        """What comes before the last BN as a kernel of the size of the block; None where that is
+        one operation already, or no kernel in train mode."""
+        return None
 
     @torch.no_grad()
     def assume_white_input(self) -> None:
@@ -174,18 +115,24 @@ class _ConvBranch(Branch):
     def build(self, norm: NormFactory, generator: Generator | None) -> None:
         spec, size = self.spec, self.size(self.spec)
         padding, self.crop = spec.inset(size)
+        # Where the kernel is one wide and the border adds nothing, what the stride passes over
+        # need not reach the conv: on the CPU the backward of a stride is slow.
+        self.step = tuple(
+            s if k == 1 and p == 0 else 1
+            for s, k, p in zip(spec.stride, size, padding, strict=True)
+        )
         self.conv = _make_conv(
             (spec.in_channels, spec.out_channels),
             size,
             generator,
-            stride=spec.stride,
+            stride=tuple(s // step for s, step in zip(spec.stride, self.step, strict=True)),
             padding=padding,
             dilation=spec.dilation,
             groups=spec.groups,
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(crop(x, self.crop)))
+        return self.bn(self.conv(sample(crop(x, self.crop), self.step)))
 
     def stages(self) -> list[tuple[Kernel, _BatchNorm]]:
         return [(kernel_of(self.conv), self.bn)]
@@ -197,6 +144,9 @@ class Pointwise(_ConvBranch):
     @classmethod
     def size(cls, spec: ConvSpec) -> Pair:
         return (1, 1)
+
+    def batch_kernel(self, seen: BlockInput) -> Kernel:
+        return fold_batch(kernel_of(self.conv), self.bn, seen.centre)
 
 
 class _Strip(_ConvBranch):
@@ -241,44 +191,17 @@ class PointwiseSpatial(Branch):
             groups=spec.groups,
         )
 
+    def open_kernel(self, seen: BlockInput) -> Kernel | None:
+        if not isinstance(self.conv, nn.Conv2d):  # a block that grew in its place
+            return None
+        first = fold_batch(kernel_of(self.pre), self.pre_bn, seen.padded)
+        return chain(first, kernel_of(self.conv), self.spec.groups)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.conv(self.pre_bn(pad(self.pre(x), self.spec.padding))))
 
     def stages(self) -> list[tuple[Kernel, _BatchNorm]]:
         return [(kernel_of(self.pre), self.pre_bn), (kernel_of(self.conv), self.bn)]
-
-
-class _AveragePool(torch.autograd.Function):
-    """Average pooling without padding that keeps no input: its backward needs only the size.
-
-    On the CPU it runs as a depthwise conv, which is several times faster there.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, size: Pair, stride: Pair) -> Tensor:
-        ctx.shape, ctx.size, ctx.stride = x.shape, size, stride
-        if x.device.type != 'cpu':
-            return F.avg_pool2d(x, size, stride)
-        channels = x.shape[1]
-        return F.conv2d(x, average_weight(channels, size, x), stride=stride, groups=channels)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        size, stride = ctx.size, ctx.stride
-        if grad.device.type != 'cpu':
-            like = grad.new_empty(()).expand(ctx.shape)
-            pool = torch.ops.aten.avg_pool2d_backward
-            return pool(grad, like, size, stride, [0, 0], False, True, None), None, None
-        channels = grad.shape[1]
-        # What no window reached at the end got nothing.
-        rest = [
-            n - (g - 1) * s - k
-            for n, g, s, k in zip(ctx.shape[2:], grad.shape[2:], stride, size, strict=True)
-        ]
-        weight = average_weight(channels, size, grad)
-        spread = F.conv_transpose2d(grad, weight, None, stride, 0, rest, channels)
-        return spread, None, None
 
 
 class PointwiseAverage(Branch):
@@ -300,20 +223,31 @@ class PointwiseAverage(Branch):
         )
         self.pre_bn = norm(spec.out_channels)
 
+    def batch_kernel(self, seen: BlockInput) -> Kernel:
+        # A 1x1 and a pooling may change places.
+        spec = self.spec
+        if self.pre is None:
+            kernel = make_kernel(identity_weight(spec.out_channels, spec.groups, self.bn.weight))
+        else:
+            kernel = fold_batch(kernel_of(self.pre), self.pre_bn, seen.padded)
+        return chain(fold_batch(kernel, self.bn, seen.pooled), self._average(), spec.groups)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.pre is not None:
             x = self.pre(x)
         x = pad(x, self.spec.padding)
         if self.pre is not None:
             x = self.pre_bn(x)
-        return self.bn(_AveragePool.apply(x, self.spec.kernel_size, self.spec.stride))
+        return self.bn(average_pool(x, self.spec.kernel_size, self.spec.stride))
+
+    def _average(self) -> Kernel:
+        spec = self.spec
+        return make_kernel(average_weight(spec.out_channels, spec.kernel_size, self.bn.weight))
 
     def stages(self) -> list[tuple[Kernel, _BatchNorm]]:
-        spec = self.spec
-        average = make_kernel(average_weight(spec.out_channels, spec.kernel_size, self.bn.weight))
         if self.pre is None:
-            return [(average, self.bn)]
-        return [(kernel_of(self.pre), self.pre_bn), (average, self.bn)]
+            return [(self._average(), self.bn)]
+        return [(kernel_of(self.pre), self.pre_bn), (self._average(), self.bn)]
 
 
 class Identity(Branch):
@@ -330,13 +264,18 @@ class Identity(Branch):
     def build(self, norm: NormFactory, generator: Generator | None) -> None:
         self.padding, self.crop = self.spec.inset((1, 1))
 
+    def _copy(self) -> Kernel:
+        spec = self.spec
+        return make_kernel(identity_weight(spec.out_channels, spec.groups, self.bn.weight))
+
+    def batch_kernel(self, seen: BlockInput) -> Kernel:
+        return fold_batch(self._copy(), self.bn, seen.centre)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(pad(crop(x, self.crop), self.padding))
 
     def stages(self) -> list[tuple[Kernel, _BatchNorm]]:
-        spec = self.spec
-        weight = identity_weight(spec.out_channels, spec.groups, self.bn.weight)
-        return [(make_kernel(weight), self.bn)]
+        return [(self._copy(), self.bn)]
 
 
 #: The operation that is the conv itself; every block has it.

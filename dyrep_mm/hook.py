@@ -13,11 +13,12 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
 
 from dyrep_mm import runtime
-from dyrep_mm.branches import ConvSpec, check_operations, fitting
+from dyrep_mm.branches import check_operations, fitting
 from dyrep_mm.calibration import calibrate
 from dyrep_mm.checkpoint import Record, load_structure
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.evolution import Plan, make_plan
+from dyrep_mm.geometry import ConvSpec
 from dyrep_mm.initialize import Start, starts_in
 from dyrep_mm.optim import check_optimizer, mirror, refresh_average, sync_optimizer
 from dyrep_mm.registry import HOOKS

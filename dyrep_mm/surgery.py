@@ -24,13 +24,13 @@ from dyrep_mm.block import Block, gain_bias
 from dyrep_mm.branches import (
     OPERATIONS,
     ORIGIN,
-    ConvSpec,
     NormFactory,
     check_operations,
     fitting,
     kernel_of,
 )
 from dyrep_mm.errors import DyRepError
+from dyrep_mm.geometry import ConvSpec
 
 Structure = dict[str, list[str]]
 Scope = str | Sequence[str] | None

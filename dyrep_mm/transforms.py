@@ -9,11 +9,10 @@ functions are differentiable and keep dtype and device (section 3 of the paper, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -42,10 +41,44 @@ def fold_bn(
     return Kernel(kernel.weight * scale.view(-1, 1, 1, 1), bias)
 
 
-def add(kernels: Iterable[Kernel]) -> Kernel:
-    """Sum of kernels of one shape: parallel branches (Eq. 2)."""
+def _middle(weight: Tensor, size: Sequence[int]) -> Tensor:
+    """View of the ``size`` (kh, kw) in the middle of ``weight`` (..., kh, kw)."""
+    rows, cols = ((n - k) // 2 for n, k in zip(weight.shape[-2:], size, strict=True))
+    return weight[..., rows : rows + size[0], cols : cols + size[1]]
+
+
+class _Sum(torch.autograd.Function):
+    """Sum of weights of several sizes: nothing is padded, and the gradients are views."""
+
+    @staticmethod
+    def forward(ctx: Any, size: tuple[int, int], *weights: Tensor) -> Tensor:
+        ctx.sizes = [weight.shape[-2:] for weight in weights]
+        return _sum(size, *weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(_middle(grad, size) for size in ctx.sizes)
+
+
+def _sum(size: tuple[int, int], *weights: Tensor) -> Tensor:
+    if weights[0].shape[-2:] == size:
+        total, *weights = weights[0].clone(), *weights[1:]
+    else:
+        total = weights[0].new_zeros(*weights[0].shape[:2], *size)
+    for weight in weights:
+        _middle(total, weight.shape[-2:]).add_(weight)
+    return total
+
+
+def add(kernels: Iterable[Kernel], size: tuple[int, int]) -> Kernel:
+    """Sum of kernels, each in the middle of ``size`` (kh, kw): parallel branches (Eq. 2).
+
+    All sizes are odd.
+    """
     weights, biases = zip(*kernels, strict=True)
-    return Kernel(sum(weights[1:], weights[0]), sum(biases[1:], biases[0]))
+    # An export, which has no gradients, sees operations of torch alone.
+    weight = _Sum.apply(size, *weights) if torch.is_grad_enabled() else _sum(size, *weights)
+    return Kernel(weight, sum(biases[1:], biases[0]))
 
 
 def chain(first: Kernel, second: Kernel, groups: int = 1) -> Kernel:
@@ -65,7 +98,9 @@ def chain(first: Kernel, second: Kernel, groups: int = 1) -> Kernel:
     spatial = second.weight.reshape(groups, out // groups, mid // groups, kh, kw)
     weight = torch.einsum('gomhw,gmi->goihw', spatial, pointwise)
     bias = torch.einsum('gomhw,gm->go', spatial, first.bias.reshape(groups, mid // groups))
-    return Kernel(weight.reshape(out, narrow, kh, kw), bias.reshape(out) + second.bias)
+    # A conv takes the memory format of its weight over to its output.
+    weight = weight.reshape(out, narrow, kh, kw).contiguous()
+    return Kernel(weight, bias.reshape(out) + second.bias)
 
 
 def identity_weight(channels: int, groups: int, like: Tensor) -> Tensor:
@@ -78,12 +113,3 @@ def identity_weight(channels: int, groups: int, like: Tensor) -> Tensor:
 def average_weight(channels: int, size: tuple[int, int], like: Tensor) -> Tensor:
     """Weight (channels, 1, kh, kw) of an average pooling, padding counted."""
     return like.new_full((channels, 1, *size), 1 / math.prod(size))
-
-
-def pad_to(kernel: Kernel, size: tuple[int, int]) -> Kernel:
-    """Kernel zero-padded to ``size`` (kh, kw) around its centre; all sizes are odd."""
-    kh, kw = kernel.weight.shape[-2:]
-    if (kh, kw) == size:
-        return kernel
-    rows, cols = (size[0] - kh) // 2, (size[1] - kw) // 2
-    return Kernel(F.pad(kernel.weight, (cols, cols, rows, rows)), kernel.bias)

@@ -14,7 +14,7 @@ PACKAGE = Path(dyrep_mm.__file__).parent
 
 #: A file may use what stands to its left.
 ORDER = [
-    *('version', 'errors', 'transforms', 'branches', 'block', 'surgery'),
+    *('version', 'errors', 'transforms', 'geometry', 'moments', 'branches', 'block', 'surgery'),
     *('calibration', 'saliency', 'evolution', 'optim'),
     *('checkpoint', 'runtime', 'registry', 'backbones', 'converter', 'initialize', 'hook'),
 ]

@@ -12,8 +12,10 @@ from conftest import assert_same, image, norms_of, randomise
 from torch import nn
 
 from dyrep_mm.block import Block
-from dyrep_mm.branches import BRANCHES, OPERATIONS, ORIGIN, ConvSpec, check_operations, fitting
+from dyrep_mm.branches import BRANCHES, OPERATIONS, ORIGIN, check_operations, fitting
 from dyrep_mm.errors import DyRepError
+from dyrep_mm.geometry import ConvSpec
+from dyrep_mm.transforms import add
 
 KERNELS = [(3, 3), (5, 5), (7, 7), (1, 3), (3, 1), (5, 3)]
 # in, out, groups: dense, square, some groups, depthwise, depthwise with a multiplier
@@ -72,8 +74,7 @@ def test_branch_is_its_kernel(name, kernel, channels, stride):
             x = image(2, channels[0], 15, 14)
             with torch.no_grad():
                 expected = branch(x)
-                weight, bias = branch.kernel()
-                assert weight.shape == conv.weight.shape, hint
+                weight, bias = add([branch.kernel()], conv.kernel_size)
                 merged = F.conv2d(x, weight, bias, stride, padding, dilation, channels[2])
             assert expected.shape == conv(x).shape, hint
             assert_same(merged, expected, hint)
@@ -90,7 +91,7 @@ def test_branch_is_its_kernel_for_uneven_geometry(name):
             branch = randomise(BRANCHES[name](spec, norm).double()).eval()
             x = image(1, 4, 15, 14)
             with torch.no_grad():
-                weight, bias = branch.kernel()
+                weight, bias = add([branch.kernel()], kernel)
                 merged = F.conv2d(x, weight, bias, stride, padding, dilation, 2)
                 assert_same(merged, branch(x), hint)
 
@@ -246,7 +247,7 @@ def calls_of(block):
     return calls
 
 
-def test_one_conv_in_eval_mode_all_branches_in_train_mode():
+def test_who_watches_the_branches_in_train_mode_sees_them_all():
     block, x = make_block(), image(2, 4, 8, 8)
     calls = calls_of(block)
     block.eval()(x)
@@ -272,25 +273,90 @@ def test_frozen_norms_mean_one_conv():
     assert calls == block.names
 
 
-def test_train_mode_is_the_sum_of_branches():
+def train_pass(block, x, forward):
+    """Output, gradients of the input and of every parameter, and buffers, of three batches."""
+    results = []
+    for _ in range(3):
+        x = x.roll(1, -1).detach().requires_grad_()
+        out = forward(block, x)
+        direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).double()
+        results += [out.detach()]
+        results += torch.autograd.grad(out, [x, *block.parameters()], direction)
+    return results + [buffer.double() for buffer in block.buffers()]
+
+
+def assert_trains_like_its_branches(block, x):
+    twin = copy.deepcopy(block)
+    values = train_pass(block, x, lambda block, x: block(x))
+    references = train_pass(twin, x, branchwise)
+    size = max(reference.abs().max() for reference in references)
+    for value, reference in zip(values, references, strict=True):
+        # What is in front of a BN has gradients that cancel.
+        assert torch.allclose(value, reference, rtol=1e-8, atol=1e-9 * size)
+
+
+@pytest.mark.parametrize('geometry', [*GEOMETRIES, {'stride': (2, 1), 'padding': (0, 3)}], ids=str)
+@pytest.mark.parametrize('names', [*([n] for n in BRANCHES), None], ids=str)
+@pytest.mark.parametrize('size', [(2, 4, 12, 11), (2, 4, 7, 7)], ids=['large', 'small'])
+def test_train_mode_is_the_sum_of_branches(geometry, names, size):
+    """Whatever merges: output, gradients and running statistics."""
+    conv = make_conv(**geometry)
+    if names and names[0] not in fitting(ConvSpec.of(conv)):
+        pytest.skip('does not fit')
+    assert_trains_like_its_branches(make_block(conv, names).train(), image(*size))
+
+
+@pytest.mark.parametrize('geometry', GEOMETRIES, ids=str)
+def test_train_mode_of_nested_blocks(geometry):
+    block = make_block(make_conv(**geometry))
+    spatial = block.branches['1x1-kxk']
+    spatial.conv = make_block(spatial.conv)
+    block.branches[ORIGIN] = make_block(block.branches[ORIGIN])
+    assert_trains_like_its_branches(block.train(), image(2, 4, 12, 11))
+
+
+@pytest.mark.parametrize('frozen', range(9))
+def test_train_mode_with_some_norms_frozen(frozen):
+    """Each alone, and every second."""
     block = make_block().train()
-    reference = copy.deepcopy(block)
-    x = image(2, 4, 8, 8)
-    assert_same(block(x).detach(), branchwise(reference, x).detach())
-    for name, buffer in block.named_buffers():
-        assert_same(buffer.double(), reference.get_buffer(name).double(), name)
+    norms = norms_of(block)
+    assert len(norms) == 8
+    for bn in norms[frozen : frozen + 1] or norms[::2]:
+        bn.eval()
+    assert_trains_like_its_branches(block, image(2, 4, 12, 11))
 
 
-def test_train_mode_gradients():
-    """The sum in place does not disturb what the backward needs."""
-    block = make_block(make_conv(bias=True)).train()
-    x = image(2, 4, 6, 6).requires_grad_()
-    wanted = [x, *block.parameters()]
-    direction = torch.randn(2, 4, 6, 6).double()
-    gradients = torch.autograd.grad(block(x), wanted, direction)
-    references = torch.autograd.grad(branchwise(block, x), wanted, direction)
-    for gradient, reference in zip(gradients, references, strict=True):
-        assert torch.allclose(gradient, reference, atol=1e-9)
+@pytest.mark.parametrize('change', [{'momentum': None}, {'eps': 0.5, 'momentum': 0.5}], ids=str)
+def test_train_mode_with_other_norms(change):
+    block = Block(make_conv(), None, lambda channels: nn.BatchNorm2d(channels, **change).double())
+    assert_trains_like_its_branches(randomise(block).train(), image(2, 4, 12, 11))
+
+
+def test_train_mode_without_running_statistics():
+    block = make_block().train()
+    for bn in norms_of(block):
+        bn.track_running_stats, bn.running_mean, bn.running_var = False, None, None
+    assert_trains_like_its_branches(block, image(2, 4, 12, 11))
+
+
+def test_train_mode_in_single_precision():
+    """As near to the exact values as the branches come."""
+    block, x = make_block(make_conv(channels=(32, 32, 1))).train(), torch.randn(2, 32, 20, 20)
+    exact = branchwise(copy.deepcopy(block), x.double()).detach()
+    single = copy.deepcopy(block).float()
+    error = (single(x) - exact).abs().max()
+    reference = (branchwise(copy.deepcopy(block).float(), x) - exact).abs().max()
+    assert error <= 3 * reference
+
+
+def test_train_mode_on_nothing_but_zeros():
+    block = make_block().train()
+    x = torch.zeros(2, 4, 8, 8).double().requires_grad_()
+    out = block(x)
+    out.square().sum().backward()
+    assert out.isfinite().all()
+    assert x.grad.isfinite().all()
+    assert all(tensor.isfinite().all() for tensor in block.state_dict().values())
 
 
 def test_geometry_of_the_conv_can_be_read():

@@ -19,9 +19,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor, nn
 
 import dyrep_mm
-from dyrep_mm.branches import ConvSpec, fitting
+from dyrep_mm.branches import fitting
 from dyrep_mm.checkpoint import Record
 from dyrep_mm.evolution import Plan
+from dyrep_mm.geometry import ConvSpec
 from dyrep_mm.optim import check_optimizer, mirror, sync_optimizer
 from dyrep_mm.surgery import apply_structure, blocks_of, candidates, get_module, structure_of
 

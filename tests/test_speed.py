@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from conftest import randomise
+from mmengine.model.utils import _BatchNormXd
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,13 +38,14 @@ def make_block() -> Block:
 
 
 def saved_bytes(block: Block, x: torch.Tensor) -> int:
-    """Bytes of activations that the backward keeps, each storage once."""
+    """Bytes of maps that the backward keeps, each storage once."""
     known = {t.untyped_storage().data_ptr() for t in (*block.parameters(), *block.buffers())}
     storages = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known and tensor.ndim == 4:
+        is_map = tensor.ndim == 4 and len(tensor) == len(x)  # and not a merged kernel
+        if storage.data_ptr() not in known and is_map:
             storages[storage.data_ptr()] = storage.nbytes(), storage
         return tensor
 
@@ -74,28 +76,90 @@ def test_inference_merges_once():
     assert operations.counts == {'convolution': 1}
 
 
-def test_branches_are_added_in_place_and_never_stacked():
+@pytest.mark.parametrize('kind', [nn.BatchNorm2d, _BatchNormXd], ids=['BN', 'reverted SyncBN'])
+def test_in_training_a_1x1_merges_too(kind):
+    """Four convs run, for `kxk` with all that merges, `1x1-kxk`, `1xk` and `kx1`, and one that is
+    the pooling; three norms; and three sums, in place."""
     block = make_block().train()
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = kind
     with Operations() as operations:
         block(torch.rand(2, 8, 9, 9, dtype=torch.float64))
+    assert operations.counts['convolution'] == 5
+    assert operations.counts['native_batch_norm'] == 3
+    assert not {'stack', 'cat'} & operations.counts.keys()
+
+
+@pytest.mark.parametrize('side', [7, 8])
+def test_merging_costs_no_more_than_it_saves(side):
+    """It happens only on maps with at least eight times as many places as channels."""
+    block = make_block().train()
+    with Operations() as operations:
+        block(torch.rand(1, 8, side, side, dtype=torch.float64))
+    assert operations.counts['native_batch_norm'] == (3 if side == 8 else 8)
+
+
+def autocast(block, x):
+    with torch.autocast('cpu', torch.bfloat16):
+        block(x)
+
+
+def half(block, x):
+    block.bfloat16()(x.bfloat16())
+
+
+class OtherNorm(nn.BatchNorm2d):
+    """Computes in its own way, as SyncBN does."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+def other_norms(block, x):
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = OtherNorm
+    block(x)
+
+
+def watched(block, x):
+    handle = block.branches['1x1'].bn.register_forward_hook(lambda *_: None)
+    block(x)
+    handle.remove()
+
+
+@pytest.mark.parametrize('run', [autocast, half, other_norms, watched])
+def test_all_branches_run_where_merging_is_not_sure(run):
+    block = make_block().float().train()
+    with Operations() as operations:
+        run(block, torch.rand(2, 8, 9, 9))
+    assert operations.counts['native_batch_norm'] == 8
     assert operations.counts['add_'] >= len(block.added)
     assert not {'stack', 'cat', 'sum', 'add'} & operations.counts.keys()
 
 
+def test_a_trace_shows_all_branches():
+    """Who counts multiply-adds from a trace counts those of the structure."""
+    block = make_block().float().train()
+    trace = torch.jit.trace(block, torch.rand(2, 8, 9, 9), check_trace=False)
+    assert str(trace.inlined_graph).count('aten::batch_norm') == 8
+
+
 def test_what_a_block_in_training_keeps():
-    """The input once, and no more than one map for each BN that is not on the input, and for
-    the input of each spatial conv behind a BN."""
-    block, x = make_block().train(), torch.rand(2, 8, 32, 32, dtype=torch.float64)
-    size = x.untyped_storage().nbytes()
-    # x; 1x1, 1xk, kx1: 1 each; 1x1-kxk: 3; 1x1-avg: 2, since its pooling keeps no input.
-    padded = 34 * 34 / 32**2
-    expected = size * (1 + 3 + 1 + 2 * padded + 1 + padded)
-    assert saved_bytes(block, x) == pytest.approx(expected, rel=1e-6)
+    """The input, its averages over windows for `1x1-avg`, and one map for each branch that runs."""
+    block = make_block().train()
+    x = torch.rand(2, 8, 32, 32, dtype=torch.float64, requires_grad=True)
+    assert saved_bytes(block, x) == x.untyped_storage().nbytes() * (1 + 1 + 3)
 
 
-def test_recomputing_keeps_the_input_alone():
-    block, x = make_block().train(), torch.rand(2, 8, 32, 32, dtype=torch.float64)
+@pytest.mark.parametrize('watch', [False, True])
+def test_recomputing_keeps_the_input_alone(watch):
+    block = make_block().train()
+    x = torch.rand(2, 8, 32, 32, dtype=torch.float64, requires_grad=True)
     block.recompute = True
+    if watch:  # all branches run
+        block.branches['1x1'].register_forward_hook(lambda *_: None)
     assert saved_bytes(block, x) == x.untyped_storage().nbytes()
 
 

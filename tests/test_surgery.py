@@ -28,9 +28,10 @@ from torchvision.models import resnet18, resnet50
 
 from dyrep_mm import expand, fuse, grow, prune, structure_of
 from dyrep_mm.block import Block
-from dyrep_mm.branches import BRANCHES, ORIGIN, ConvSpec, fitting
+from dyrep_mm.branches import BRANCHES, ORIGIN, fitting
 from dyrep_mm.calibration import calibrate
 from dyrep_mm.errors import DyRepError
+from dyrep_mm.geometry import ConvSpec
 from dyrep_mm.optim import check_optimizer, sync_optimizer
 from dyrep_mm.surgery import (
     apply_structure,

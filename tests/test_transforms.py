@@ -14,7 +14,6 @@ from dyrep_mm.transforms import (
     fold_bn,
     identity_weight,
     make_kernel,
-    pad_to,
 )
 
 
@@ -47,15 +46,17 @@ def test_fold_bn(affine):
 
 def test_add_is_the_sum_of_outputs():
     kernels, x = [random_kernel() for _ in range(3)], image(2, 4, 9, 8)
-    assert_same(apply(add(kernels), x), sum(apply(k, x) for k in kernels))
-    assert_same(apply(add(kernels[:1]), x), apply(kernels[0], x))
-    assert_same(add(iter(kernels)).bias, add(kernels).bias)
+    size = kernels[0].weight.shape[-2:]
+    assert_same(apply(add(kernels, size), x), sum(apply(k, x) for k in kernels))
+    assert_same(apply(add(kernels[:1], size), x), apply(kernels[0], x))
+    assert_same(add(iter(kernels), size).bias, add(kernels, size).bias)
 
 
-def test_add_leaves_its_arguments_alone():
-    kernels = [random_kernel() for _ in range(2)]
+@pytest.mark.parametrize('size', [(3, 3), (5, 5)])
+def test_add_leaves_its_arguments_alone(size):
+    kernels = [random_kernel(6, 4, 3, 3) for _ in range(2)]
     copies = [Kernel(*(t.clone() for t in k)) for k in kernels]
-    add(kernels)
+    add(kernels, size)
     for kernel, copy in zip(kernels, copies, strict=True):
         assert torch.equal(kernel.weight, copy.weight)
         assert torch.equal(kernel.bias, copy.bias)
@@ -104,13 +105,17 @@ def test_chain_with_one_filter_per_channel(groups, inner):
     assert_same(apply(chained, x, groups=groups), expected)
 
 
-@pytest.mark.parametrize('size', [(1, 1), (3, 3), (1, 5), (5, 1)])
-def test_pad_to_keeps_the_function(size):
-    kernel, x = random_kernel(6, 4, *size), image(2, 4, 9, 8)
-    padded = pad_to(kernel, (5, 5))
-    assert padded.weight.shape == (6, 4, 5, 5)
-    margin = tuple(k // 2 for k in size)
-    assert_same(apply(padded, x, padding=2), apply(kernel, x, padding=margin))
+@pytest.mark.parametrize('size', [(1, 1), (3, 3), (1, 5), (5, 1), (5, 5)])
+@pytest.mark.parametrize('grad', [True, False])
+def test_add_puts_a_small_kernel_in_the_middle(size, grad):
+    kernels, x = [random_kernel(6, 4, *s) for s in (size, (3, 1))], image(2, 4, 9, 8)
+    with torch.set_grad_enabled(grad):
+        total = add(kernels, (5, 5))
+        assert total.weight.shape == (6, 4, 5, 5)
+        expected = sum(
+            apply(k, x, padding=tuple(n // 2 for n in k.weight.shape[-2:])) for k in kernels
+        )
+        assert_same(apply(total, x, padding=2), expected)
 
 
 def test_everything_is_differentiable():
@@ -118,7 +123,7 @@ def test_everything_is_differentiable():
 
     def merged(w1, b1, w2, b2, gamma, beta):
         first = fold_bn(Kernel(w1, b1), mean, var, gamma, beta, 0.1)
-        return tuple(pad_to(add([chain(first, Kernel(w2, b2), 2)] * 2), (5, 3)))
+        return tuple(add([first, chain(first, Kernel(w2, b2), 2)] * 2, (5, 3)))
 
     shapes = [(4, 1, 1, 1), (4,), (4, 2, 3, 3), (4,), (4,), (4,)]
     inputs = [torch.randn(shape).double().requires_grad_() for shape in shapes]
@@ -131,10 +136,10 @@ def test_dtype_is_kept(dtype):
     one = kernel.bias.abs() + 1
     point = make_kernel(identity_weight(4, 1, one))
     for result in (
-        add([kernel, kernel]),
+        add([kernel, kernel], (3, 3)),
+        add([kernel, point], (5, 5)),
         chain(point, kernel),
         fold_bn(kernel, one, one, one, one, 1e-5),
-        pad_to(kernel, (5, 5)),
         make_kernel(average_weight(4, (3, 3), one)),
     ):
         assert result.weight.dtype == result.bias.dtype == dtype
