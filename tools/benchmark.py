@@ -330,7 +330,11 @@ def main() -> None:
     parser.add_argument('--amp', action='store_true', help='mixed precision')
     parser.add_argument('--runs', type=int, default=5, help='pairs of runs per row')
     parser.add_argument('--only', help='rows whose name contains this')
-    parser.add_argument('--quick', action='store_true', help='small inputs, fewer runs: 2 minutes')
+    parser.add_argument(
+        '--quick',
+        action='store_true',
+        help='2 minutes: one small image, for which the targets are not meant',
+    )
     parser.add_argument('--out', type=Path, help='JSON file for the figures')
     args = parser.parse_args()
     args.threads = torch.get_num_threads()
