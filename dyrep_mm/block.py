@@ -61,8 +61,8 @@ class Block(nn.Module):
     Where no norm of the block uses batch statistics (``norm_eval=True``, inference) the block
     is linear and runs as one conv with the merged kernel, differentiably. In train mode the
     branches whose batch statistics follow from those of the input (:mod:`dyrep_mm.moments`)
-    merge into that conv, the others run beside it. In half precision, under autocast, in a
-    trace, with SyncBN, or while hooks watch a module of the block, all branches run.
+    merge into that conv, the others run beside it. On small maps, in half precision, under
+    autocast, in a trace, with SyncBN, or while hooks watch a module of the block, all run.
 
     Args:
         conv: The conv to stand for; its parameters stay the same objects.

@@ -96,6 +96,11 @@ class Branch(nn.Module):
         one operation already, or no kernel in train mode."""
         return None
 
+    def _copy(self) -> Kernel:
+        """The 1x1 that changes nothing."""
+        spec = self.spec
+        return make_kernel(identity_weight(spec.out_channels, spec.groups, self.bn.weight))
+
     @torch.no_grad()
     def assume_white_input(self) -> None:
         """Set the running statistics that white input of unit variance would give."""
@@ -227,7 +232,7 @@ class PointwiseAverage(Branch):
         # A 1x1 and a pooling may change places.
         spec = self.spec
         if self.pre is None:
-            kernel = make_kernel(identity_weight(spec.out_channels, spec.groups, self.bn.weight))
+            kernel = self._copy()
         else:
             kernel = fold_batch(kernel_of(self.pre), self.pre_bn, seen.padded)
         return chain(fold_batch(kernel, self.bn, seen.pooled), self._average(), spec.groups)
@@ -263,10 +268,6 @@ class Identity(Branch):
 
     def build(self, norm: NormFactory, generator: Generator | None) -> None:
         self.padding, self.crop = self.spec.inset((1, 1))
-
-    def _copy(self) -> Kernel:
-        spec = self.spec
-        return make_kernel(identity_weight(spec.out_channels, spec.groups, self.bn.weight))
 
     def batch_kernel(self, seen: BlockInput) -> Kernel:
         return fold_batch(self._copy(), self.bn, seen.centre)

@@ -287,23 +287,23 @@ def train_pass(block, x, forward):
 
 def assert_trains_like_its_branches(block, x):
     twin = copy.deepcopy(block)
+    assert block._may_merge(x)
     values = train_pass(block, x, lambda block, x: block(x))
     references = train_pass(twin, x, branchwise)
     size = max(reference.abs().max() for reference in references)
     for value, reference in zip(values, references, strict=True):
         # What is in front of a BN has gradients that cancel.
-        assert torch.allclose(value, reference, rtol=1e-8, atol=1e-9 * size)
+        assert torch.allclose(value, reference, rtol=1e-9, atol=1e-12 * size)
 
 
 @pytest.mark.parametrize('geometry', [*GEOMETRIES, {'stride': (2, 1), 'padding': (0, 3)}], ids=str)
 @pytest.mark.parametrize('names', [*([n] for n in BRANCHES), None], ids=str)
-@pytest.mark.parametrize('size', [(2, 4, 12, 11), (2, 4, 7, 7)], ids=['large', 'small'])
-def test_train_mode_is_the_sum_of_branches(geometry, names, size):
+def test_train_mode_is_the_sum_of_branches(geometry, names):
     """Whatever merges: output, gradients and running statistics."""
     conv = make_conv(**geometry)
     if names and names[0] not in fitting(ConvSpec.of(conv)):
         pytest.skip('does not fit')
-    assert_trains_like_its_branches(make_block(conv, names).train(), image(*size))
+    assert_trains_like_its_branches(make_block(conv, names).train(), image(2, 4, 12, 11))
 
 
 @pytest.mark.parametrize('geometry', GEOMETRIES, ids=str)
@@ -344,6 +344,7 @@ def test_train_mode_in_single_precision():
     block, x = make_block(make_conv(channels=(32, 32, 1))).train(), torch.randn(2, 32, 20, 20)
     exact = branchwise(copy.deepcopy(block), x.double()).detach()
     single = copy.deepcopy(block).float()
+    assert single._may_merge(x)
     error = (single(x) - exact).abs().max()
     reference = (branchwise(copy.deepcopy(block).float(), x) - exact).abs().max()
     assert error <= 3 * reference

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, image, randomise
+from conftest import assert_same, image, randomise, snapshot
 from torch import nn
 
 from dyrep_mm.geometry import ConvSpec
@@ -72,6 +72,11 @@ def test_a_variance_is_never_negative():
     assert (Moments.of(x, 1).through(Kernel(weight, torch.zeros(2)))[1] >= 0).all()
 
 
+def with_gradient(values, x):
+    total = sum(value.sin().sum() for value in values)
+    return *values, *torch.autograd.grad(total, x, retain_graph=True)
+
+
 @pytest.mark.parametrize('stride', [(1, 1), (2, 2), (2, 1)])
 @pytest.mark.parametrize(('kernel', 'padding'), [((3, 3), (1, 1)), ((5, 3), (0, 2)), ((3, 3), 3)])
 @pytest.mark.parametrize('recompute', [False, True])
@@ -90,13 +95,9 @@ def test_what_the_branches_see(stride, kernel, padding, recompute):
         'pooled': F.avg_pool2d(padded, kernel, stride),
     }
     for name, view in views.items():
-        values = getattr(seen, name).through(point)
-        expected = statistics(F.conv2d(view, *point))
-        gradients = [torch.autograd.grad(sum(v.sin().sum() for v in vs), x, retain_graph=True)[0]
-                     for vs in (values, expected)]  # fmt: skip
-        for value, reference in zip(
-            (*values, gradients[0]), (*expected, gradients[1]), strict=True
-        ):
+        values = with_gradient(getattr(seen, name).through(point), x)
+        references = with_gradient(statistics(F.conv2d(view, *point)), x)
+        for value, reference in zip(values, references, strict=True):
             assert_same(value, reference, name)
 
 
@@ -128,8 +129,8 @@ def test_one_value_has_no_variance():
     x, bn = image(1, 4, 1, 1), nn.BatchNorm2d(6).double()
     with pytest.raises(ValueError, match='more than 1 value per channel'):
         bn(F.conv2d(x, *pointwise()))
-    state = {name: buffer.clone() for name, buffer in bn.named_buffers()}
+    bn.reset_running_stats()
+    state = snapshot(bn)
     with pytest.raises(ValueError, match='more than 1 value per channel'):
         fold_batch(pointwise(), bn, Moments.of(x, 1))
-    assert all(torch.equal(state[name], buffer) for name, buffer in bn.named_buffers()
-               if name != 'num_batches_tracked')  # fmt: skip
+    assert all(torch.equal(state[name], tensor) for name, tensor in bn.state_dict().items())
