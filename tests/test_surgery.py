@@ -281,7 +281,8 @@ def test_norms_of_vectors_are_no_model_for_norms_of_images(deep):
     model.train()(image()).sum().backward()
 
 
-# The training goes on
+# The training goes on. In double precision: 50 layers with random norms amplify rounding, which
+# differs between processors, by four orders of magnitude in a few steps.
 
 
 def small_net():
@@ -311,6 +312,12 @@ OPTIMIZERS = {
 }
 
 
+#: Largest part of a step's effect on the loss that growing may change, besides what the new
+#: parameters' own step adds: the share of the output that the branches start with. Measured: up
+#: to 0.0009, with AVX-512, AVX2 and SSE alike.
+STEP_CHANGE = 0.01
+
+
 def grow_in_training(model, path, names, optimizer, x, batches):
     block = insert(model, path, names, torch.Generator().manual_seed(0))
     calibrate(model, [block], batches, model)
@@ -320,14 +327,22 @@ def grow_in_training(model, path, names, optimizer, x, batches):
     return block
 
 
-def check_growing(model, path, names, optimizer_name, x, target):
-    """The "Growing" of a network in training: neither output, loss nor momentum jump."""
+def step(model, optimizer, x, target):
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(x), target).backward()
+    optimizer.step()
+
+
+def check_growing(model, path, names, make_optimizer, x, target):
+    """The "Growing" of a network in training: neither output, loss nor momentum jump, and the
+    next step does what it does to a twin that stays plain.
+
+    The optimizer makes short steps: the effect of a step must be nearly linear in the step.
+    """
     model.train()
-    optimizer = OPTIMIZERS[optimizer_name](model.parameters())
+    optimizer = make_optimizer(model.parameters())
     for _ in range(2):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), target).backward()
-        optimizer.step()
+        step(model, optimizer, x, target)
     # The statistics of this batch, as after many iterations of training.
     for bn in norms_of(model):
         bn.reset_running_stats()
@@ -339,6 +354,8 @@ def check_growing(model, path, names, optimizer_name, x, target):
     values = {k: (v, v.clone()) for k, v in state.items() if v is not None}
     assert values
     output, loss = run(model, x), train_loss(model, x, target)
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    known = set(model.parameters())
 
     block = grow_in_training(model, path, names, optimizer, x, [x])
     assert_same(run(model, x), output)
@@ -348,37 +365,47 @@ def check_growing(model, path, names, optimizer_name, x, target):
     for key, (tensor, value) in values.items():
         assert state[key] is tensor, key
         assert torch.equal(tensor, value), key
-    nn.functional.cross_entropy(model(x), target).backward()
-    optimizer.step()
-    assert train_loss(model, x, target) < loss * 1.05
+    new = {p: p.detach().clone() for p in model.parameters() if p not in known}
+    step(model, optimizer, x, target)
+    step(twin, twin_optimizer, x, target)
+    with torch.no_grad():
+        own = sum((p.grad * (p - before)).sum().item() for p, before in new.items())
+    assert own < 0
+    plain = train_loss(twin, x, target)
+    difference = train_loss(model, x, target) - plain
+    assert abs(difference - own) <= STEP_CHANGE * abs(plain - loss)
 
 
 @pytest.mark.parametrize('optimizer', OPTIMIZERS)
 @pytest.mark.parametrize('names', SETS, ids=str)
 def test_growing_a_small_net_in_training(names, optimizer):
-    model = randomise(small_net())
-    x, target = image(16, 3, 12, 12, dtype=torch.float32), torch.arange(16) % 10
-    check_growing(model, '3', names, optimizer, x, target)
+    model = randomise(small_net().double())
+    x, target = image(16, 3, 12, 12), torch.arange(16) % 10
+    check_growing(model, '3', names, OPTIMIZERS[optimizer], x, target)
 
 
 @pytest.fixture(scope='module')
 def resnet():
     torch.manual_seed(0)
-    return randomise(resnet50(num_classes=10))
+    return randomise(resnet50(num_classes=10).double())
 
 
 @pytest.mark.parametrize('names', SETS, ids=str)
 def test_growing_resnet50_in_training(resnet, names):
     model, path = copy.deepcopy(resnet), 'layer2.1.conv2'
-    x, target = image(6, 3, 64, 64, dtype=torch.float32), torch.arange(6)
-    check_growing(model, path, names, 'sgd', x, target)
+    x, target = image(6, 3, 48, 48), torch.arange(6)
+
+    def make_optimizer(parameters):
+        return torch.optim.SGD(parameters, 1e-6, momentum=0.9)  # with random norms, steep
+
+    check_growing(model, path, names, make_optimizer, x, target)
 
 
 @pytest.mark.parametrize('names', SETS, ids=str)
 def test_growing_resnet50_with_random_statistics(resnet, names):
     """Statistics that have nothing to do with the data: the worst case for calibration."""
     model, path = copy.deepcopy(resnet).train(), 'layer3.2.conv2'
-    x, target = image(6, 3, 64, 64, dtype=torch.float32), torch.arange(6)
+    x, target = image(6, 3, 48, 48), torch.arange(6)
     output, loss = run(model, x), train_loss(model, x, target)
     block = insert(model, path, names, torch.Generator().manual_seed(0))
     calibrate(model, [block], [x], model)
@@ -390,8 +417,8 @@ def test_growing_resnet50_with_random_statistics(resnet, names):
 def test_growing_everything_at_once_in_training():
     """Calibration of one block must not see what the others have not settled yet."""
     torch.manual_seed(0)
-    model = resnet18(num_classes=10).train()
-    x, target = image(8, 3, 64, 64, dtype=torch.float32), torch.arange(8)
+    model = resnet18(num_classes=10).double().train()
+    x, target = image(8, 3, 48, 48), torch.arange(8)
     for bn in norms_of(model):
         bn.momentum = None
     with torch.no_grad():
@@ -401,7 +428,7 @@ def test_growing_everything_at_once_in_training():
     calibrate(model, blocks, [x], model)
     for block in reversed(blocks):
         block.settle(0.01)
-    assert_same(run(model, x), output, scale=10)
+    assert_same(run(model, x), output)
     assert abs(train_loss(model, x, target) - loss) <= LOSS_JUMP * loss
 
 
