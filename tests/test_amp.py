@@ -12,8 +12,8 @@ from mmengine.hooks import Hook
 from mmengine.optim.optimizer import amp_optimizer_wrapper
 from tiny import FAST, PRUNING, assert_same_run, dyrep, runner, watch
 
-from dyrep_mm.optim import check_optimizer
-from dyrep_mm.surgery import get_module
+from dyrep_mm.surgery.optimizer import check_optimizer
+from dyrep_mm.surgery.tree import get_module
 
 SGD = {'type': 'SGD', 'lr': 0.05, 'momentum': 0.9}
 OPTIMIZERS = [SGD, {**SGD, 'fused': True}, {'type': 'AdamW', 'fused': True}]

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from conftest import assert_same, image, norms_of, randomise
 from torch import nn
 
-from dyrep_mm.block import Block
-from dyrep_mm.branches import BRANCHES, OPERATIONS, ORIGIN, check_operations, fitting
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.geometry import ConvSpec
-from dyrep_mm.transforms import add
+from dyrep_mm.reparam.block import Block
+from dyrep_mm.reparam.branches import BRANCHES, OPERATIONS, ORIGIN, check_operations, fitting
+from dyrep_mm.reparam.geometry import ConvSpec
+from dyrep_mm.reparam.kernels import add
 
 KERNELS = [(3, 3), (5, 5), (7, 7), (1, 3), (3, 1), (5, 3)]
 # in, out, groups: dense, square, some groups, depthwise, depthwise with a multiplier

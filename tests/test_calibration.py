@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from conftest import assert_same, image, make_net, norms_of, snapshot
 from torch import nn
 
-from dyrep_mm.branches import BRANCHES
-from dyrep_mm.calibration import calibrate
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.surgery import apply_structure, get_module, insert
+from dyrep_mm.reparam.branches import BRANCHES
+from dyrep_mm.surgery.calibration import calibrate
+from dyrep_mm.surgery.rewire import apply_structure, insert
+from dyrep_mm.surgery.tree import get_module
 
 
 def batches(n=3):

@@ -24,10 +24,12 @@ from tiny import (
     watch,
 )
 
-from dyrep_mm.checkpoint import Record, load_checkpoint, load_structure
-from dyrep_mm.converter import fuse_checkpoint
+from dyrep_mm.engine.checkpoint import load_checkpoint, load_structure
+from dyrep_mm.engine.converter import fuse_checkpoint
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.surgery import MAX_DEPTH, blocks_of, structure_of
+from dyrep_mm.evolution.record import Record
+from dyrep_mm.surgery.structure import MAX_DEPTH, structure_of
+from dyrep_mm.surgery.tree import blocks_of
 
 ROOT = Path(__file__).parents[1]
 

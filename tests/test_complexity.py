@@ -11,7 +11,7 @@ from mmpretrain.models import RepVGG
 from torch import nn
 
 import dyrep_mm
-from dyrep_mm.converter import build_model
+from dyrep_mm.engine.converter import build_model
 
 FOLDER = Path(__file__).parent.parent / 'configs' / 'classification'
 

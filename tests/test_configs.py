@@ -22,8 +22,8 @@ from torch.utils.data import Dataset
 
 import dyrep_mm
 from dyrep_mm import DyRepHook, structure_of
-from dyrep_mm.checkpoint import load_checkpoint
-from dyrep_mm.optim import check_optimizer
+from dyrep_mm.engine.checkpoint import load_checkpoint
+from dyrep_mm.surgery.optimizer import check_optimizer
 
 FOLDER = Path(__file__).parent.parent / 'configs'
 CONFIGS = sorted(

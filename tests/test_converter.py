@@ -11,9 +11,10 @@ from runners import config, runner
 
 import dyrep_mm
 from dyrep_mm import converter
-from dyrep_mm.checkpoint import Record, load_checkpoint
-from dyrep_mm.converter import build_model, features, fuse_checkpoint, relative_difference
+from dyrep_mm.engine.checkpoint import load_checkpoint
+from dyrep_mm.engine.converter import build_model, features, fuse_checkpoint, relative_difference
 from dyrep_mm.errors import DyRepError
+from dyrep_mm.evolution.record import Record
 
 HOOK = {'interval': 3, 'calibration_batches': 2, 'prune_threshold': 0.0}
 

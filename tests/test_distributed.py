@@ -15,7 +15,7 @@ from mmengine.optim import OptimWrapperDict, build_optim_wrapper
 from mmengine.runner import FlexibleRunner
 from tiny import FAST, PRUNING, runner, settings
 
-from dyrep_mm.checkpoint import load_checkpoint
+from dyrep_mm.engine.checkpoint import load_checkpoint
 from dyrep_mm.errors import DyRepError
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ from mmengine.model import BaseAveragedModel, averaged_model
 from tiny import PRUNING, assert_equal_states, dyrep, runner, watch
 
 import dyrep_mm
-from dyrep_mm.checkpoint import load_checkpoint
+from dyrep_mm.engine.checkpoint import load_checkpoint
 from dyrep_mm.errors import DyRepError
 
 AVERAGES = [

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dyrep_mm.evolution import Plan, make_plan, weak_branches
+from dyrep_mm.evolution.rule import make_plan, weak_branches
+from dyrep_mm.surgery.structure import Plan
 
 
 def plan(scores=None, importances=None, grow=1, threshold=0.02):

@@ -13,10 +13,10 @@ from runners import runner
 
 import dyrep_mm
 from dyrep_mm import DyRepHook
-from dyrep_mm.checkpoint import load_checkpoint
+from dyrep_mm.engine.checkpoint import load_checkpoint
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.optim import check_optimizer
-from dyrep_mm.surgery import blocks_of
+from dyrep_mm.surgery.optimizer import check_optimizer
+from dyrep_mm.surgery.tree import blocks_of
 
 FAST = {'interval': 3, 'calibration_batches': 2, 'prune_threshold': 0.0}
 

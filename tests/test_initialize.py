@@ -18,11 +18,13 @@ from runners import config, runner
 from torch import nn
 
 import dyrep_mm
-from dyrep_mm.checkpoint import load_checkpoint
+from dyrep_mm.engine.checkpoint import load_checkpoint
+from dyrep_mm.engine.pretrained import DyRepPretrained, starts_in
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.initialize import DyRepPretrained, starts_in
-from dyrep_mm.optim import check_optimizer
-from dyrep_mm.surgery import apply_structure, blocks_of, structure_of
+from dyrep_mm.surgery.optimizer import check_optimizer
+from dyrep_mm.surgery.rewire import apply_structure
+from dyrep_mm.surgery.structure import structure_of
+from dyrep_mm.surgery.tree import blocks_of
 
 SMALL = {'depth': 18, 'stem_channels': 8, 'base_channels': 8}
 STRUCTURE = {

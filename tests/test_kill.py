@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dyrep_mm.checkpoint import is_whole, latest_checkpoint, load_checkpoint
+from dyrep_mm.engine.checkpoint import is_whole, latest_checkpoint, load_checkpoint
 
 WORKER = Path(__file__).with_name('kill_worker.py')
 KILLS = int(os.environ.get('DYREP_KILLS', '20'))

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from conftest import assert_same, image, randomise, snapshot
 from torch import nn
 
-from dyrep_mm.geometry import ConvSpec
-from dyrep_mm.moments import BlockInput, Moments, fold_batch
-from dyrep_mm.transforms import Kernel
+from dyrep_mm.reparam.geometry import ConvSpec
+from dyrep_mm.reparam.kernels import Kernel
+from dyrep_mm.reparam.moments import BlockInput, Moments, fold_batch
 
 
 def pointwise(groups=1, out=6):

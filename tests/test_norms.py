@@ -10,7 +10,8 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 import dyrep_mm
-from dyrep_mm.surgery import blocks_of
+from dyrep_mm.surgery.candidates import survey
+from dyrep_mm.surgery.tree import blocks_of
 
 
 def pair(norm: nn.Module) -> nn.Sequential:
@@ -97,8 +98,8 @@ def test_norm_eval_is_kept_after_every_train_call(tmp_path):
         backbone.eval()
         backbone.train()
         assert all(block.is_linear for block in blocks_of(backbone).values())
-    frozen = [p for p in dyrep_mm.surgery.survey(backbone) if p.startswith(('conv1', 'layer1'))]
+    frozen = [p for p in survey(backbone) if p.startswith(('conv1', 'layer1'))]
     assert frozen
     for path in frozen:
-        assert dyrep_mm.surgery.survey(backbone)[path] == 'it is frozen'
+        assert survey(backbone)[path] == 'it is frozen'
     assert backbone.layer2[0].conv1.origin.weight.requires_grad

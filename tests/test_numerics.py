@@ -11,11 +11,13 @@ from conftest import run as run_net
 from mmengine.hooks import Hook
 from tiny import FAST, PRUNING, dyrep, runner, watch
 
-from dyrep_mm.block import Block
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.evolution import make_plan, weak_branches
-from dyrep_mm.saliency import NAMES, Saliency
-from dyrep_mm.surgery import blocks_of, fuse, grow, prune
+from dyrep_mm.evolution.rule import make_plan, weak_branches
+from dyrep_mm.evolution.saliency import NAMES, Saliency
+from dyrep_mm.reparam.block import Block
+from dyrep_mm.surgery.fuse import fuse
+from dyrep_mm.surgery.rewire import grow, prune
+from dyrep_mm.surgery.tree import blocks_of
 
 NAN, INF = float('nan'), float('inf')
 BAD = pytest.mark.parametrize('bad', [NAN, INF, -INF])

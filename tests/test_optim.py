@@ -8,18 +8,12 @@ import torch
 from conftest import assert_same, image, make_net, norms_of, randomise, run
 from torch import nn
 
-from dyrep_mm.branches import BRANCHES, ORIGIN
-from dyrep_mm.evolution import Plan
-from dyrep_mm.optim import check_optimizer, donors, mirror, refresh_average, sync_optimizer
-from dyrep_mm.surgery import (
-    depth_of,
-    expand,
-    get_module,
-    grow,
-    insert,
-    prune,
-    structure_of,
-)
+from dyrep_mm.engine.runner import refresh_average
+from dyrep_mm.reparam.branches import BRANCHES, ORIGIN
+from dyrep_mm.surgery.optimizer import check_optimizer, donors, sync_optimizer
+from dyrep_mm.surgery.rewire import expand, grow, insert, mirror, prune
+from dyrep_mm.surgery.structure import Plan, structure_of
+from dyrep_mm.surgery.tree import depth_of, get_module
 
 
 def one_group(model, kind=torch.optim.SGD, **options):

@@ -13,12 +13,12 @@ from mmengine.optim.scheduler.param_scheduler import _ParamScheduler
 from mmengine.registry import MODELS
 from tiny import FAST, PRUNING, TinyClassifier, assert_same_run, dyrep, runner, watch
 
-import dyrep_mm.hook
-from dyrep_mm import runtime
+import dyrep_mm.engine.hook
+from dyrep_mm.engine.runner import unwrap
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.evolution import Plan
-from dyrep_mm.optim import check_optimizer
-from dyrep_mm.surgery import apply_structure, structure_of
+from dyrep_mm.surgery.optimizer import check_optimizer
+from dyrep_mm.surgery.rewire import apply_structure
+from dyrep_mm.surgery.structure import Plan, structure_of
 
 #: Grows, nests, prunes, and prunes a conv without bias back to a plain one, which gains a bias.
 SCRIPT = (
@@ -33,14 +33,14 @@ UPDATES, ITERS = 4, 10  # an update after each of the first iterations
 def scripted(monkeypatch: pytest.MonkeyPatch, script: tuple[Plan, ...] = SCRIPT) -> dict:
     """Make the hook follow a script; returns its settings."""
     plans = list(script)
-    monkeypatch.setattr(dyrep_mm.hook, 'make_plan', lambda *_args, **_options: plans.pop(0))
+    monkeypatch.setattr(dyrep_mm.engine.hook, 'make_plan', lambda *_args, **_options: plans.pop(0))
     return {**FAST, 'interval': 1, 'calibration_batches': 1, 'end': len(script)}
 
 
 def options_of(run) -> dict[str, dict]:
     """All options of the group of every parameter, by name."""
     optimizer, names = run.optim_wrapper.optimizer, {}
-    for name, parameter in runtime.unwrap(run.model).named_parameters():
+    for name, parameter in unwrap(run.model).named_parameters():
         (group,) = (g for g in optimizer.param_groups if any(p is parameter for p in g['params']))
         names[name] = {k: v for k, v in group.items() if not k.startswith('param')}
     return names

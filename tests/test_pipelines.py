@@ -11,9 +11,9 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from dyrep_mm.checkpoint import load_checkpoint
-from dyrep_mm.converter import fuse_checkpoint
-from dyrep_mm.surgery import structure_of
+from dyrep_mm.engine.checkpoint import load_checkpoint
+from dyrep_mm.engine.converter import fuse_checkpoint
+from dyrep_mm.surgery.structure import structure_of
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / 'configs' / 'demo'

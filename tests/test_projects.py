@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
-from dyrep_mm.checkpoint import load_checkpoint
+from dyrep_mm.engine.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,8 +10,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.saliency import METRICS, NAMES, Saliency, check_metric
-from dyrep_mm.surgery import candidates, get_module
+from dyrep_mm.evolution.saliency import METRICS, NAMES, Saliency, check_metric
+from dyrep_mm.surgery.candidates import candidates
+from dyrep_mm.surgery.tree import get_module
 
 BY_HAND = {
     'synflow': lambda w, g: (w * g).sum(),

@@ -19,12 +19,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor, nn
 
 import dyrep_mm
-from dyrep_mm.branches import fitting
-from dyrep_mm.checkpoint import Record
-from dyrep_mm.evolution import Plan
-from dyrep_mm.geometry import ConvSpec
-from dyrep_mm.optim import check_optimizer, mirror, sync_optimizer
-from dyrep_mm.surgery import apply_structure, blocks_of, candidates, get_module, structure_of
+from dyrep_mm.evolution.record import Record
+from dyrep_mm.reparam.branches import fitting
+from dyrep_mm.reparam.geometry import ConvSpec
+from dyrep_mm.surgery.candidates import candidates
+from dyrep_mm.surgery.optimizer import check_optimizer, sync_optimizer
+from dyrep_mm.surgery.rewire import apply_structure, mirror
+from dyrep_mm.surgery.structure import Plan, structure_of
+from dyrep_mm.surgery.tree import blocks_of, get_module
 
 MAX_DEPTH, MAX_BLOCKS = 3, 8
 SIZE = 9

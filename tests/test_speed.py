@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dyrep_mm
-from dyrep_mm.block import Block
-from dyrep_mm.surgery import blocks_of
+from dyrep_mm.reparam.block import Block
+from dyrep_mm.surgery.tree import blocks_of
 
 
 class Operations(TorchDispatchMode):

@@ -27,23 +27,21 @@ from torch import nn
 from torchvision.models import resnet18, resnet50
 
 from dyrep_mm import expand, fuse, grow, prune, structure_of
-from dyrep_mm.block import Block
-from dyrep_mm.branches import BRANCHES, ORIGIN, fitting
-from dyrep_mm.calibration import calibrate
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.geometry import ConvSpec
-from dyrep_mm.optim import check_optimizer, sync_optimizer
-from dyrep_mm.surgery import (
-    apply_structure,
+from dyrep_mm.reparam.block import Block
+from dyrep_mm.reparam.branches import BRANCHES, ORIGIN, fitting
+from dyrep_mm.reparam.geometry import ConvSpec
+from dyrep_mm.surgery.calibration import calibrate
+from dyrep_mm.surgery.candidates import candidates, survey
+from dyrep_mm.surgery.optimizer import check_optimizer, sync_optimizer
+from dyrep_mm.surgery.rewire import apply_structure, insert
+from dyrep_mm.surgery.tree import (
     blocks_of,
-    candidates,
     check_scope,
     depth_of,
     get_module,
-    insert,
     neighbour_norm,
     outermost,
-    survey,
 )
 
 SETS = [*([name] for name in BRANCHES), None]  # every branch alone, all together

@@ -12,7 +12,7 @@ import pytest
 import torch
 from mmdet.datasets import CocoDataset
 
-from dyrep_mm.checkpoint import load_checkpoint
+from dyrep_mm.engine.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 CONFIG = 'configs/fpn_r50_dyrep_coco.py'

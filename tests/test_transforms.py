@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import assert_same, image, randomise
 from torch import nn
 
-from dyrep_mm.transforms import (
+from dyrep_mm.reparam.kernels import (
     Kernel,
     add,
     average_weight,

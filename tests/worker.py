@@ -17,9 +17,10 @@ from tiny import PRUNING, dyrep, runner, watch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import dyrep_mm
-from dyrep_mm import runtime
+from dyrep_mm.engine import hook as engine_hook
+from dyrep_mm.engine.runner import unwrap
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.optim import check_optimizer
+from dyrep_mm.surgery.optimizer import check_optimizer
 
 WRAPPER = {
     'type': 'MMDistributedDataParallel',
@@ -58,7 +59,7 @@ def train(folder: Path, hooks: list[dict] | None = None, **more) -> dict:
     average = [hook for hook in run.hooks if isinstance(hook, EMAHook)]
 
     def look(run):
-        model = runtime.unwrap(run.model)
+        model = unwrap(run.model)
         check_optimizer(run.optim_wrapper.optimizer, model)
         # Statistics of BN in train mode are each rank's own, as in any DDP run.
         states = [dict(model.named_parameters())]
@@ -101,18 +102,18 @@ def case_seeds(folder: Path, rank: int) -> dict:
     looked at before it: new branches must be the same already."""
     hooks = [{**PRUNING, 'metric': 'random', 'prune': False}]
     report = train(folder, hooks, randomness={'seed': 3, 'diff_rank_seed': True})
-    report['unwrapped'], rewrap = [], runtime.rewrap
+    report['unwrapped'], rewrap = [], engine_hook.rewrap
 
     def spy(run):
-        report['unwrapped'].append(digest(dict(runtime.unwrap(run.model).named_parameters())))
+        report['unwrapped'].append(digest(dict(unwrap(run.model).named_parameters())))
         rewrap(run)
 
-    runtime.rewrap = spy
+    engine_hook.rewrap = spy
     report['own'] = report['run'].seed
     try:
         return finish(report)
     finally:
-        runtime.rewrap = rewrap
+        engine_hook.rewrap = rewrap
 
 
 def case_scores(folder: Path, rank: int) -> dict:

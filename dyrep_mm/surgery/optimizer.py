@@ -1,4 +1,4 @@
-"""Keeps the optimizer and averaged models in step with a model that changes shape.
+"""An optimizer follows a model that changes shape.
 
 The number of param groups never changes, so that schedulers, which know groups by position,
 need no repair: a new parameter joins the group of the one it stands beside.
@@ -14,10 +14,8 @@ from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from dyrep_mm.block import Block
-from dyrep_mm.branches import ORIGIN
-from dyrep_mm.evolution import Plan
-from dyrep_mm.surgery import depth_of, get_module, insert, neighbour_norm, prune
+from dyrep_mm.reparam.block import Block
+from dyrep_mm.surgery.tree import depth_of, neighbour_norm
 
 
 def donors(model: nn.Module) -> dict[Parameter, list[Parameter]]:
@@ -108,30 +106,3 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
     missing = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ids]
     assert not missing, f'not in the optimizer: {missing}'
     assert {id(p) for p in optimizer.state} <= known, 'the optimizer has state of no parameter'
-
-
-def mirror(averaged: nn.Module, model: nn.Module, plan: Plan) -> None:
-    """Give an averaged copy of ``model`` the blocks that ``plan`` has grown in the model, and
-    prune what it prunes; what the copy computes in eval mode stays the same.
-
-    New branches start with the model's values: there is nothing to average yet.
-    """
-    blocks = {path: insert(averaged, path, get_module(model, path).names) for path in plan.grow}
-    for path in reversed(blocks):  # inner ones first
-        grown, block = get_module(model, path), blocks[path]
-        for name, branch in grown.branches.items():
-            if name != ORIGIN:
-                block.branches[name].load_state_dict(branch.state_dict())
-        block.origin_std.copy_(grown.origin_std)
-        block.compensate()
-    for path, names in plan.prune.items():
-        prune(averaged, path, names)
-
-
-def refresh_average(averaged: Any) -> None:
-    """Make mmengine's averaged model look at the present tensors of its module, by name, as
-    its constructor does."""
-    module = averaged.module
-    averaged.avg_parameters = (
-        module.state_dict() if averaged.update_buffers else dict(module.named_parameters())
-    )

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from dyrep_mm.branches import (
-    BRANCHES,
-    ORIGIN,
-    Branch,
-    NormFactory,
-    check_operations,
-    fitting,
-    kernel_of,
-)
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.geometry import ConvSpec
-from dyrep_mm.moments import BlockInput
-from dyrep_mm.transforms import Kernel, add
+from dyrep_mm.reparam.branches import BRANCHES, ORIGIN, Branch, check_operations, fitting, kernel_of
+from dyrep_mm.reparam.geometry import ConvSpec
+from dyrep_mm.reparam.kernels import Kernel, add
+from dyrep_mm.reparam.moments import BlockInput
+from dyrep_mm.reparam.norms import NormFactory, statistics_kept
 
 
 def gain_bias(conv: nn.Conv2d) -> None:
@@ -30,21 +23,6 @@ def gain_bias(conv: nn.Conv2d) -> None:
     zeros = conv.weight.new_zeros(conv.out_channels)
     conv.bias = nn.Parameter(zeros, requires_grad=conv.weight.requires_grad)
     conv.gained_bias = True
-
-
-@contextmanager
-def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Batch statistics are used and not recorded: the first forward has done that."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
-    kept = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum, batches in kept:
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(batches)
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -60,7 +38,7 @@ class Block(nn.Module):
 
     Where no norm of the block uses batch statistics (``norm_eval=True``, inference) the block
     is linear and runs as one conv with the merged kernel, differentiably. In train mode the
-    branches whose batch statistics follow from those of the input (:mod:`dyrep_mm.moments`)
+    branches whose batch statistics follow from those of the input (:mod:`dyrep_mm.reparam.moments`)
     merge into that conv, the others run beside it. On small maps, in half precision, under
     autocast, in a trace, with SyncBN, or while hooks watch a module of the block, all run.
 
@@ -230,7 +208,7 @@ class Block(nn.Module):
             x,
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), _statistics_kept(branch)),
+            context_fn=lambda: (nullcontext(), statistics_kept(branch)),
         )
 
     def _kernel_for_use(self) -> Kernel:

@@ -38,7 +38,10 @@ def grad_norm(weights: list[Tensor], grads: list[Tensor]) -> Tensor:
 
 #: Gradient-based metrics by name; ``random`` (Eq. 11) and ``vote`` are made of scores.
 METRICS: dict[str, Metric] = {'synflow': synflow, 'snip': snip, 'grad_norm': grad_norm}
+
+
 NAMES = (*METRICS, 'random', 'vote')
+
 
 #: A signed sum below this part of the absolute sum is rounding, not a measurement.
 CANCELLED = 1e-5

@@ -5,20 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
-
-@dataclass(frozen=True)
-class Plan:
-    """What one update changes.
-
-    Attributes:
-        grow: Paths of the convs that become blocks.
-        prune: Branches to remove, by path of their block.
-    """
-
-    grow: list[str] = field(default_factory=list)
-    prune: dict[str, list[str]] = field(default_factory=dict)
+from dyrep_mm.surgery.structure import Plan
 
 
 def weak_branches(importances: Mapping[str, float], threshold: float) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.transforms import Kernel, average_weight
+from dyrep_mm.reparam.kernels import Kernel, average_weight
 
 Pair = tuple[int, int]
 

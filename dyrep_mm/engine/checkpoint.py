@@ -1,13 +1,13 @@
-"""What a checkpoint says of DyRep: structure and journal for all, progress for a resume."""
+"""Checkpoint files: read safely, load strictly, find the newest whole one, write atomically."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,83 +15,12 @@ import torch
 from mmengine.logging import print_log
 from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.runner import checkpoint as mmengine_checkpoint
+from torch import Tensor, nn
 
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.surgery import Structure, check_structure
-from dyrep_mm.version import __version__
-
-KEY = 'dyrep_mm'
-
-
-@dataclass
-class Record:
-    """Plain data only: ``torch.load(weights_only=True)`` accepts it.
-
-    Attributes:
-        structure: Of the model; None if the checkpoint is not of DyRep.
-        journal: One entry per update, for people.
-        updates: How many updates there were.
-        by_epoch: Whether ``last`` counts epochs; None if nothing is known of it.
-        last: Epoch or iteration of the last update.
-        scores: Those gathered since, see :meth:`Saliency.state_dict`.
-        warned: The log has said that the scores cancel.
-    """
-
-    structure: Structure | None = None
-    journal: list[dict[str, Any]] = field(default_factory=list)
-    updates: int = 0
-    by_epoch: bool | None = None
-    last: int = 0
-    scores: dict[str, Any] | None = None
-    warned: bool = False
-
-    def to_checkpoint(self, checkpoint: dict) -> None:
-        """Write into ``meta``, which publishing keeps, and beside it what a resume needs."""
-        checkpoint['meta'][KEY] = {
-            'version': __version__,
-            'structure': self.structure,
-            'journal': self.journal,
-        }
-        checkpoint[KEY] = {
-            'updates': self.updates,
-            'by_epoch': self.by_epoch,
-            'last': self.last,
-            'scores': self.scores,
-            'warned': self.warned,
-        }
-
-    @classmethod
-    def from_checkpoint(cls, checkpoint: Mapping[str, Any]) -> Record:
-        """Read and check; an empty record for a checkpoint of a plain run.
-
-        Raises:
-            DyRepError: what is there is malformed.
-        """
-        meta = checkpoint.get('meta') or {}
-        said = meta.get(KEY) if isinstance(meta, Mapping) else None
-        if said is None:
-            return cls()
-        progress = checkpoint.get(KEY, {})
-        _check(isinstance(said, Mapping) and isinstance(progress, Mapping), 'not a mapping')
-        check_structure(said.get('structure'))
-        record = cls(
-            {path: list(names) for path, names in said['structure'].items()},
-            said.get('journal', []),
-            **{f.name: progress[f.name] for f in fields(cls)[2:] if f.name in progress},
-        )
-        counts = record.updates, record.last
-        _check(all(type(n) is int and n >= 0 for n in counts), f'counts {counts}')
-        _check(record.by_epoch in (None, True, False), f'by_epoch {record.by_epoch!r}')
-        _check(type(record.warned) is bool, f'warned {record.warned!r}')
-        _check(record.scores is None or isinstance(record.scores, Mapping), 'scores')
-        _check(type(record.journal) is list, 'journal')
-        _check(all(isinstance(entry, Mapping) for entry in record.journal), 'journal')
-        return record
-
-
-def _check(condition: bool, what: str) -> None:
-    if not condition:
-        raise DyRepError(f'the DyRep record of the checkpoint is malformed: {what}')
+from dyrep_mm.evolution.record import Record
+from dyrep_mm.surgery.structure import Structure, check_structure
+from dyrep_mm.surgery.tree import blocks_of
 
 
 def load_structure(source: str | Path | Mapping) -> Structure:
@@ -178,3 +107,56 @@ def latest_checkpoint(work_dir: str | Path) -> str | None:
         level=logging.WARNING,
     )
     return None if newest is None else str(newest)
+
+
+def check_keys(model: nn.Module, checkpoint: dict, resume: bool) -> None:
+    """Refuse a checkpoint whose weights are not this model's: mmengine would only warn."""
+    state = checkpoint.get('state_dict', checkpoint)
+    if not isinstance(state, Mapping):
+        raise DyRepError('the checkpoint holds no state_dict')
+    names = {name.removeprefix('module.') for name in state}
+    own = set(model.state_dict())
+    inner = {f'{path}.' for path in blocks_of(model)}
+    missing = sorted(
+        name for name in own - names if resume or any(name.startswith(prefix) for prefix in inner)
+    )
+    if not own & names:
+        raise DyRepError(
+            f'the checkpoint is of another model: no name in it is one of {type(model).__name__}'
+        )
+    if missing:
+        raise DyRepError(
+            f'the checkpoint lacks {len(missing)} tensors of the model, {missing[0]} first: '
+            'it is of another model, or its structure record is not its own'
+        )
+
+
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """``load_state_dict(strict=True)`` with one sentence for what does not fit."""
+    state = {name.removeprefix('module.'): tensor for name, tensor in state.items()}
+    own = model.state_dict()
+    wrong = [
+        *(f'{name} is missing' for name in own if name not in state),
+        *(f'{name} is unknown' for name in state if name not in own),
+        *(
+            f'{name} has shape {tuple(state[name].shape)} instead of {tuple(tensor.shape)}'
+            for name, tensor in own.items()
+            if name in state and state[name].shape != tensor.shape
+        ),
+    ]
+    if wrong:
+        raise DyRepError(
+            f'{source} is not of this model: {"; ".join(wrong[:3])}'
+            + (f' and {len(wrong) - 3} more' if len(wrong) > 3 else '')
+        )
+    model.load_state_dict(state)
+
+
+def save_atomically(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """``torch.save`` that leaves either the whole file or none."""
+    partial = Path(f'{path}.partial')
+    try:
+        torch.save(checkpoint, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

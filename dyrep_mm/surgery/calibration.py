@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dyrep_mm.block import Block
-from dyrep_mm.branches import ORIGIN
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.surgery import modes_kept
+from dyrep_mm.reparam.block import Block
+from dyrep_mm.reparam.branches import ORIGIN
+from dyrep_mm.surgery.tree import modes_kept
 
 
 class _Reached(Exception):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,24 +9,26 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
+from mmengine.model import (
+    revert_sync_batchnorm,
+)
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
-from dyrep_mm.block import gain_bias
-from dyrep_mm.checkpoint import KEY, Record, load_checkpoint, load_structure
-from dyrep_mm.errors import DyRepError
-from dyrep_mm.registry import TASK_UTILS
-from dyrep_mm.surgery import (
-    PRESETS,
-    Scope,
-    apply_structure,
-    blocks_of,
-    depth_of,
-    expand,
-    fuse,
-    get_module,
+from dyrep_mm.engine.checkpoint import (
+    load_checkpoint,
+    load_strictly,
+    load_structure,
+    save_atomically,
 )
+from dyrep_mm.errors import DyRepError
+from dyrep_mm.evolution.record import KEY, Record
+from dyrep_mm.registry import TASK_UTILS
+from dyrep_mm.reparam.block import gain_bias
+from dyrep_mm.surgery.fuse import fuse
+from dyrep_mm.surgery.rewire import apply_structure, expand
+from dyrep_mm.surgery.structure import PRESETS
+from dyrep_mm.surgery.tree import Scope, blocks_of, depth_of, get_module
 from dyrep_mm.version import __version__
 
 
@@ -211,37 +212,6 @@ def fuse_checkpoint(
     save_atomically({'meta': meta, 'state_dict': state}, out)
     say(f'wrote {out}')
     return FuseReport(weights, len(blocks_of(model)), biased, error64, error32)
-
-
-def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
-    """``load_state_dict(strict=True)`` with one sentence for what does not fit."""
-    state = {name.removeprefix('module.'): tensor for name, tensor in state.items()}
-    own = model.state_dict()
-    wrong = [
-        *(f'{name} is missing' for name in own if name not in state),
-        *(f'{name} is unknown' for name in state if name not in own),
-        *(
-            f'{name} has shape {tuple(state[name].shape)} instead of {tuple(tensor.shape)}'
-            for name, tensor in own.items()
-            if name in state and state[name].shape != tensor.shape
-        ),
-    ]
-    if wrong:
-        raise DyRepError(
-            f'{source} is not of this model: {"; ".join(wrong[:3])}'
-            + (f' and {len(wrong) - 3} more' if len(wrong) > 3 else '')
-        )
-    model.load_state_dict(state)
-
-
-def save_atomically(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """``torch.save`` that leaves either the whole file or none."""
-    partial = Path(f'{path}.partial')
-    try:
-        torch.save(checkpoint, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

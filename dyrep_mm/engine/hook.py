@@ -12,33 +12,36 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
 
-from dyrep_mm import runtime
-from dyrep_mm.branches import check_operations, fitting
-from dyrep_mm.calibration import calibrate
-from dyrep_mm.checkpoint import Record, load_structure
-from dyrep_mm.errors import DyRepError
-from dyrep_mm.evolution import Plan, make_plan
-from dyrep_mm.geometry import ConvSpec
-from dyrep_mm.initialize import Start, starts_in
-from dyrep_mm.optim import check_optimizer, mirror, refresh_average, sync_optimizer
-from dyrep_mm.registry import HOOKS
-from dyrep_mm.saliency import Saliency, check_metric
-from dyrep_mm.surgery import (
-    MAX_DEPTH,
-    PRESETS,
-    Scope,
-    Structure,
-    apply_structure,
-    blocks_of,
-    candidates,
-    check_scope,
-    get_module,
-    insert,
-    preset,
-    prune,
-    structure_of,
-    survey,
+from dyrep_mm.engine.batches import calibration_batches, calibration_forward, random_state_kept
+from dyrep_mm.engine.checkpoint import check_keys, load_structure
+from dyrep_mm.engine.pretrained import Start, starts_in
+from dyrep_mm.engine.runner import (
+    averaged_models,
+    broadcast_parameters,
+    choose_resume,
+    from_rank_0,
+    make_generator,
+    make_seed,
+    optimizer_of,
+    param_settings,
+    refresh_average,
+    refuse_unsupported,
+    rewrap,
+    unwrap,
 )
+from dyrep_mm.errors import DyRepError
+from dyrep_mm.evolution.record import Record
+from dyrep_mm.evolution.rule import make_plan
+from dyrep_mm.evolution.saliency import Saliency, check_metric
+from dyrep_mm.registry import HOOKS
+from dyrep_mm.reparam.branches import check_operations, fitting
+from dyrep_mm.reparam.geometry import ConvSpec
+from dyrep_mm.surgery.calibration import calibrate
+from dyrep_mm.surgery.candidates import candidates, preset, survey
+from dyrep_mm.surgery.optimizer import check_optimizer, sync_optimizer
+from dyrep_mm.surgery.rewire import apply_structure, insert, mirror, prune
+from dyrep_mm.surgery.structure import MAX_DEPTH, PRESETS, Plan, Structure, structure_of
+from dyrep_mm.surgery.tree import Scope, blocks_of, check_scope, get_module
 
 
 @HOOKS.register_module()
@@ -138,15 +141,15 @@ class DyRepHook(Hook):
     # The moments of a run, in order.
 
     def before_run(self, runner: Runner) -> None:
-        runtime.refuse_unsupported(runner)
+        refuse_unsupported(runner)
         for hook in runner.hooks:
             if isinstance(hook, EMAHook) and runner.hooks.index(hook) < runner.hooks.index(self):
                 raise DyRepError('DyRepHook must have a higher priority than EMAHook')
-        runtime.choose_resume(runner)
+        choose_resume(runner)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        runtime.refuse_unsupported(runner)  # FlexibleRunner loads before before_run
-        model = runtime.unwrap(runner.model)
+        refuse_unsupported(runner)  # FlexibleRunner loads before before_run
+        model = unwrap(runner.model)
         record = Record.from_checkpoint(checkpoint)
         if record.structure:
             self._apply(runner, record.structure)
@@ -154,16 +157,16 @@ class DyRepHook(Hook):
         self._restored = bool(record.structure) or (runner._resume and record.structure is not None)
         for path, start in starts_in(model).items():
             start.done(get_module(model, path))  # what is loaded last wins
-        _check_keys(model, checkpoint, runner._resume)
+        check_keys(model, checkpoint, runner._resume)
         if runner._resume:
             self._record = record
 
     def before_train(self, runner: Runner) -> None:
-        model = runtime.unwrap(runner.model)
+        model = unwrap(runner.model)
         check_scope(model, self.scope)
         runner.model.train()  # the library's own train() says what is frozen
         # With diff_rank_seed every rank has another; branches must be the same.
-        self.seed = runtime.from_rank_0(runner.seed if self.seed is None else self.seed)
+        self.seed = from_rank_0(runner.seed if self.seed is None else self.seed)
         self._choose_unit(runner)
         for path, start in starts_in(model).items():
             self._take_over(runner, path, start)
@@ -184,7 +187,7 @@ class DyRepHook(Hook):
                     'DyRep: the checkpoint scored other operations or by another metric; the '
                     'interval starts without its scores'
                 )
-        self._handle = runtime.optimizer_of(runner).register_step_pre_hook(self._on_step)
+        self._handle = optimizer_of(runner).register_step_pre_hook(self._on_step)
 
     def after_train_iter(
         self,
@@ -202,7 +205,7 @@ class DyRepHook(Hook):
             self._update_if_due(runner, runner.epoch + 1, runner.max_epochs)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        self._record.structure = structure_of(runtime.unwrap(runner.model))
+        self._record.structure = structure_of(unwrap(runner.model))
         self._record.scores = self._saliency.state_dict() if self._saliency else None
         self._record.to_checkpoint(checkpoint)
 
@@ -235,7 +238,7 @@ class DyRepHook(Hook):
 
     def _watch(self, runner: Runner) -> None:
         """Score the present candidates from now on."""
-        model = runtime.unwrap(runner.model)
+        model = unwrap(runner.model)
         paths = candidates(model, self.scope, self.max_depth)
         self._scored = {path: get_module(model, path).weight for path in paths}
         device = next(model.parameters()).device
@@ -282,11 +285,11 @@ class DyRepHook(Hook):
 
     def update(self, runner: Runner, now: int) -> Plan:
         """One update of Algorithm 1 (lines 6 to 11), the same on every rank."""
-        record, model = self._record, runtime.unwrap(runner.model)
+        record, model = self._record, unwrap(runner.model)
         record.updates += 1
         scores: dict[str, float] = {}
         if self._saliency is not None:
-            generator = runtime.make_generator(self.seed, record.updates, 'scores')
+            generator = make_generator(self.seed, record.updates, 'scores')
             scores = self._saliency.means(generator)
             if self._saliency.cancelled() and not record.warned:
                 record.warned = True
@@ -301,7 +304,7 @@ class DyRepHook(Hook):
             grow=self.grow_per_update,
             threshold=self.prune_threshold,
         )
-        plan, scores, importances = runtime.from_rank_0((plan, scores, importances))
+        plan, scores, importances = from_rank_0((plan, scores, importances))
         self._edit(runner, plan)
         record.last = now
         unit = 'epoch' if self.by_epoch else 'iteration'
@@ -331,7 +334,7 @@ class DyRepHook(Hook):
 
     def _take_over(self, runner: Runner, path: str, start: Start) -> None:
         """What :class:`DyRepPretrained` has left to do for the module at ``path``."""
-        model = runtime.unwrap(runner.model)
+        model = unwrap(runner.model)
         module = get_module(model, path)
         below = f'{path}.' if path else ''
         self._apply(runner, {below + p: names for p, names in start.structure.items()})
@@ -350,35 +353,35 @@ class DyRepHook(Hook):
 
     def _edit(self, runner: Runner, plan: Plan, structure: Structure | None = None) -> None:
         """Change the structure and all that depends on it; every rank runs the same."""
-        model = runtime.unwrap(runner.model)
+        model = unwrap(runner.model)
         number, seed = self._record.updates, self.seed
         try:
             if structure:
                 blocks = apply_structure(
-                    model, structure, runtime.make_generator(seed, number, 'structure')
+                    model, structure, make_generator(seed, number, 'structure')
                 )
                 plan = Plan([path for path, b in blocks_of(model).items() if b in blocks])
             else:
                 blocks = []
                 for path in plan.grow:
                     names = fitting(ConvSpec.of(get_module(model, path)), self.branches)
-                    generator = runtime.make_generator(seed, number, path)
+                    generator = make_generator(seed, number, path)
                     blocks.append(insert(model, path, names, generator))
             if self.calibration_batches and blocks:
-                with runtime.random_state_kept():
+                with random_state_kept():
                     calibrate(
                         model,
                         blocks,
-                        runtime.calibration_batches(
+                        calibration_batches(
                             runner,
                             self.calibration_batches,
-                            runtime.make_seed(seed, number, 'calibration'),
+                            make_seed(seed, number, 'calibration'),
                         ),
-                        runtime.calibration_forward(runner, plan.grow),
+                        calibration_forward(runner, plan.grow),
                     )
             for block in reversed(blocks):  # inner ones first
                 block.settle(self.init_scale)
-            averages = runtime.averaged_models(runner)
+            averages = averaged_models(runner)
             for averaged in averages:
                 mirror(averaged.module, model, Plan(plan.grow))
             for module in (model, *(averaged.module for averaged in averages)):
@@ -392,30 +395,30 @@ class DyRepHook(Hook):
     def _apply(self, runner: Runner, structure: Structure) -> None:
         """Give the model and its averages a structure whose weights are loaded afterwards."""
         for module in (
-            runtime.unwrap(runner.model),
-            *(averaged.module for averaged in runtime.averaged_models(runner)),
+            unwrap(runner.model),
+            *(averaged.module for averaged in averaged_models(runner)),
         ):
             apply_structure(module, structure, torch.Generator())
         self._follow(runner)
 
     def _follow(self, runner: Runner) -> None:
         """Bring in step with the model what refers to its parameters."""
-        model = runtime.unwrap(runner.model)
+        model = unwrap(runner.model)
         for block in blocks_of(model).values():
             block.recompute = self.recompute
-        for averaged in runtime.averaged_models(runner):
-            runtime.share(averaged.module)
+        for averaged in averaged_models(runner):
+            broadcast_parameters(averaged.module)
             refresh_average(averaged)
-        optimizer = runtime.optimizer_of(runner)
+        optimizer = optimizer_of(runner)
         if optimizer is not None:
-            sync_optimizer(optimizer, model, runtime.param_settings(runner))
-        runtime.rewrap(runner)
+            sync_optimizer(optimizer, model, param_settings(runner))
+        rewrap(runner)
         if optimizer is not None:
             runner.model.train()  # frozen stages and norm_eval, as the library wants them
-            check_optimizer(optimizer, runtime.unwrap(runner.model))
+            check_optimizer(optimizer, unwrap(runner.model))
 
     def _log(self, runner: Runner, entry: dict, when: str) -> None:
-        model = runtime.unwrap(runner.model)
+        model = unwrap(runner.model)
         blocks = blocks_of(model)
         parts = [
             f'grew {path} (score {entry["scores"][path]:.3g}) to {", ".join(names)}'
@@ -427,26 +430,4 @@ class DyRepHook(Hook):
             f'DyRep update {entry["update"]} at {when}: {"; ".join(parts) or "no change"} | '
             f'{len(blocks)} blocks, {sum(len(b.added) for b in blocks.values())} branches, '
             f'{size / 1e6:.2f} M parameters'
-        )
-
-
-def _check_keys(model: nn.Module, checkpoint: dict, resume: bool) -> None:
-    """Refuse a checkpoint whose weights are not this model's: mmengine would only warn."""
-    state = checkpoint.get('state_dict', checkpoint)
-    if not isinstance(state, Mapping):
-        raise DyRepError('the checkpoint holds no state_dict')
-    names = {name.removeprefix('module.') for name in state}
-    own = set(model.state_dict())
-    inner = {f'{path}.' for path in blocks_of(model)}
-    missing = sorted(
-        name for name in own - names if resume or any(name.startswith(prefix) for prefix in inner)
-    )
-    if not own & names:
-        raise DyRepError(
-            f'the checkpoint is of another model: no name in it is one of {type(model).__name__}'
-        )
-    if missing:
-        raise DyRepError(
-            f'the checkpoint lacks {len(missing)} tensors of the model, {missing[0]} first: '
-            'it is of another model, or its structure record is not its own'
         )

@@ -87,7 +87,7 @@ def chain(first: Kernel, second: Kernel, groups: int = 1) -> Kernel:
     ``first`` has weight (mid, in / groups, 1, 1), ``second`` (out, mid / groups, kh, kw) or,
     one filter per channel, (mid, 1, kh, kw); the result is (out, in / groups, kh, kw). Exact
     at the border too if the padding of ``second`` holds what ``first`` makes of zeros, see
-    :mod:`dyrep_mm.branches`.
+    :mod:`dyrep_mm.reparam.branches`.
     """
     mid, narrow = first.weight.shape[:2]
     out, wide, kh, kw = second.weight.shape

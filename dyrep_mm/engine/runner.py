@@ -1,29 +1,25 @@
-"""What the hook needs to know of mmengine's Runner: data for calibration, wrappers, refusals."""
+"""What is asked of mmengine's Runner: wrappers, optimizer, refusals, seeds."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
-from mmengine.dataset import DefaultSampler
 from mmengine.dist import broadcast, broadcast_object_list
 from mmengine.hooks import EMAHook
-from mmengine.model import BaseTTAModel, MMSeparateDistributedDataParallel, is_model_wrapper
+from mmengine.model import (
+    BaseTTAModel,
+    MMSeparateDistributedDataParallel,
+    is_model_wrapper,
+)
 from mmengine.optim import OptimWrapper, OptimWrapperDict, build_optim_wrapper
 from mmengine.runner import Runner
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
 
-from dyrep_mm.checkpoint import latest_checkpoint
+from dyrep_mm.engine.checkpoint import latest_checkpoint
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.surgery import in_scope
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -120,69 +116,7 @@ def choose_resume(runner: Runner) -> None:
         runner._resume = runner._load_from is not None
 
 
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Leave the random streams of python, numpy and torch as they were."""
-    python, numeric, torch_cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numeric)
-        torch.set_rng_state(torch_cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda)
-
-
-def calibration_loader(loader: DataLoader, seed: int) -> DataLoader:
-    """A second loader over the dataset of ``loader``, with a sampler and a seed of its own.
-
-    The training loader, its sampler and its workers never notice.
-    """
-    dataset = loader.dataset
-    if isinstance(dataset, IterableDataset):
-        raise DyRepError(
-            'calibration needs a dataset with a length, not an IterableDataset; '
-            'set calibration_batches=0 to start from the statistics of white input'
-        )
-    batch_size = loader.batch_size or loader.batch_sampler.batch_size
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=DefaultSampler(dataset, shuffle=True, seed=seed),
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        drop_last=len(dataset) >= batch_size,
-        worker_init_fn=loader.worker_init_fn,
-        generator=torch.Generator().manual_seed(seed),
-    )
-
-
-def calibration_batches(runner: Runner, count: int, seed: int) -> Iterator[Any]:
-    """``count`` training batches, fewer if the dataset is shorter."""
-    return islice(iter(calibration_loader(runner.train_dataloader, seed)), count)
-
-
-def calibration_forward(runner: Runner, paths: list[str]) -> Callable[[Any], None]:
-    """A function that runs on a batch what of the model reaches the modules at ``paths``."""
-    model = unwrap(runner.model)
-    backbone = getattr(model, 'backbone', None)
-    only_backbone = backbone is not None and all(in_scope(p, 'backbone') for p in paths)
-
-    def forward(batch: Any) -> None:
-        with runner.optim_wrapper.optim_context(model):
-            data = model.data_preprocessor(batch, True)
-            if only_backbone and isinstance(data, dict) and 'inputs' in data:
-                backbone(data['inputs'])
-            else:
-                model._run_forward(data, mode='loss')
-
-    return forward
-
-
-def share(module: nn.Module) -> None:
+def broadcast_parameters(module: nn.Module) -> None:
     """Give every rank the parameters of rank 0, as DDP does with what it wraps: a branch is
     absorbed with BN statistics, and those are each rank's own."""
     for parameter in module.parameters():
@@ -199,3 +133,12 @@ def rewrap(runner: Runner) -> None:
     runner.model = runner.wrap_model(copy.deepcopy(runner.cfg.get('model_wrapper_cfg')), module)
     for hook, state in communication_hooks:
         runner.model.register_comm_hook(state, hook)
+
+
+def refresh_average(averaged: Any) -> None:
+    """Make mmengine's averaged model look at the present tensors of its module, by name, as
+    its constructor does."""
+    module = averaged.module
+    averaged.avg_parameters = (
+        module.state_dict() if averaged.update_buffers else dict(module.named_parameters())
+    )

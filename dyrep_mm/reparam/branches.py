@@ -12,16 +12,15 @@ with a value of its own is needed, in train mode and in eval mode alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.geometry import ConvSpec, Pair, average_pool, crop, pad, sample
-from dyrep_mm.moments import BlockInput, fold_batch
-from dyrep_mm.transforms import (
+from dyrep_mm.reparam.geometry import ConvSpec, Pair, average_pool, crop, pad, sample
+from dyrep_mm.reparam.kernels import (
     Kernel,
     average_weight,
     chain,
@@ -29,8 +28,8 @@ from dyrep_mm.transforms import (
     identity_weight,
     make_kernel,
 )
-
-NormFactory = Callable[[int], _BatchNorm]
+from dyrep_mm.reparam.moments import BlockInput, fold_batch
+from dyrep_mm.reparam.norms import NormFactory
 
 
 def kernel_of(module: nn.Module) -> Kernel:
@@ -282,6 +281,7 @@ class Identity(Branch):
 #: The operation that is the conv itself; every block has it.
 ORIGIN = 'kxk'
 
+
 #: The operations that a block adds to it, in the order in which a block holds them.
 BRANCHES: dict[str, type[Branch]] = {
     '1x1': Pointwise,
@@ -291,6 +291,7 @@ BRANCHES: dict[str, type[Branch]] = {
     'kx1': Vertical,
     'identity': Identity,
 }
+
 
 #: All operations of Table 1.
 OPERATIONS: tuple[str, ...] = (ORIGIN, *BRANCHES)

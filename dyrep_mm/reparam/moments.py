@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from dyrep_mm.geometry import ConvSpec, average_pool, crop, pad, sample
-from dyrep_mm.transforms import Kernel, fold_bn
+from dyrep_mm.reparam.geometry import ConvSpec, average_pool, crop, pad, sample
+from dyrep_mm.reparam.kernels import Kernel, fold_bn
 
 
 class _Scatter(torch.autograd.Function):

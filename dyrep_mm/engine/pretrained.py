@@ -10,20 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyrep_mm.branches import ORIGIN, fitting
-from dyrep_mm.checkpoint import Record, load_checkpoint
-from dyrep_mm.converter import load_strictly
+from dyrep_mm.engine.checkpoint import load_checkpoint, load_strictly
 from dyrep_mm.errors import DyRepError
+from dyrep_mm.evolution.record import Record
 from dyrep_mm.registry import WEIGHT_INITIALIZERS
-from dyrep_mm.surgery import (
-    Structure,
-    apply_structure,
-    blocks_of,
-    get_module,
-    outermost,
-    prune,
-    structure_of,
-)
+from dyrep_mm.reparam.branches import ORIGIN, fitting
+from dyrep_mm.surgery.rewire import apply_structure, prune
+from dyrep_mm.surgery.structure import Structure, structure_of
+from dyrep_mm.surgery.tree import blocks_of, get_module, outermost
 
 _MARK = '_dyrep_start'
 
