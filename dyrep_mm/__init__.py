@@ -2,7 +2,10 @@
 
 from importlib import import_module
 
+from dyrep_mm.evolution.saliency import register_score
+from dyrep_mm.reparam.branches import register_branch
 from dyrep_mm.surgery.fuse import fuse
+from dyrep_mm.surgery.optimizer import sync_optimizer
 from dyrep_mm.surgery.rewire import expand, grow, prune
 from dyrep_mm.surgery.structure import structure_of
 from dyrep_mm.version import __version__
@@ -25,7 +28,10 @@ __all__ = [
     'fuse',
     'grow',
     'prune',
+    'register_branch',
+    'register_score',
     'structure_of',
+    'sync_optimizer',
 ]
 
 

@@ -1,4 +1,4 @@
-"""What the user can mend."""
+"""The exception for mistakes that the user can correct."""
 
 
 class DyRepError(ValueError):

@@ -17,13 +17,13 @@ MAP = {
     '': ['version', 'errors'],
     'reparam': ['kernels', 'geometry', 'norms', 'moments', 'branches', 'block'],
     'surgery': [
-        *('tree', 'structure', 'candidates', 'rewire', 'calibration', 'optimizer', 'fuse'),
+        *('tree', 'structure', 'candidates', 'rewire', 'calibration', 'optimizer', 'fuse', 'cost'),
     ],
     'evolution': ['saliency', 'rule', 'record'],
     # For mmengine, which looks for `registry` at the top.
     'mmengine': ['registry', 'backbones'],
     'engine': [
-        *('checkpoint', 'runner', 'batches', 'pretrained', 'hook', 'converter'),
+        *('checkpoint', 'runner', 'batches', 'transaction', 'pretrained', 'hook', 'converter'),
     ],
 }
 ORDER = [

@@ -34,10 +34,11 @@ from torchvision.models import resnet50
 import dyrep_mm
 from dyrep_mm.engine.converter import build_model
 from dyrep_mm.evolution.record import Record
-from dyrep_mm.evolution.saliency import Saliency
+from dyrep_mm.evolution.saliency import make_score
 from dyrep_mm.surgery.candidates import candidates, preset
+from dyrep_mm.surgery.rewire import set_recompute
 from dyrep_mm.surgery.structure import structure_of
-from dyrep_mm.surgery.tree import blocks_of, get_module
+from dyrep_mm.surgery.tree import get_module
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs/fpn_r50_dyrep_coco.py'
@@ -73,8 +74,7 @@ def prepare(variant: str, norms: str, device: str) -> nn.Module:
     elif variant == 'fused':
         dyrep_mm.expand(model, 'dbb7')
         model = dyrep_mm.fuse(model, torch.randn(1, 3, 64, 64))
-    for block in blocks_of(model).values():
-        block.recompute = variant == 'recompute'
+    set_recompute(model, variant == 'recompute')
     model.train(norms != 'eval')
     if norms == 'frozen':
         for module in model.modules():
@@ -177,9 +177,8 @@ def scoring(shape: tuple, args: argparse.Namespace) -> dict[str, float]:
     """A step of SGD with scores gathered in it, over one without; nothing is grown."""
     model = prepare('plain', 'train', args.device)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-    paths = candidates(model)
-    weights = {path: get_module(model, path).weight for path in paths}
-    saliency = Saliency('synflow', paths, args.device)
+    weights = {path: get_module(model, path).weight for path in candidates(model)}
+    score = make_score('synflow', weights)
     x = torch.randn(shape, device=args.device)
 
     def step() -> None:
@@ -188,7 +187,7 @@ def scoring(shape: tuple, args: argparse.Namespace) -> dict[str, float]:
         optimizer.zero_grad()
 
     def scored() -> None:
-        handle = optimizer.register_step_pre_hook(lambda *_: saliency.gather(weights))
+        handle = optimizer.register_step_pre_hook(lambda *_: score.gather())
         step()
         handle.remove()
 

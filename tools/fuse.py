@@ -4,7 +4,7 @@ import argparse
 
 from _cli import sentence
 
-from dyrep_mm.engine.converter import fuse_checkpoint
+from dyrep_mm.engine.converter import IMAGE_SIZE, TOLERANCE, fuse_checkpoint
 
 
 def main() -> None:
@@ -13,12 +13,12 @@ def main() -> None:
     parser.add_argument('checkpoint', help='checkpoint of the run')
     parser.add_argument('out', help='file to write; only if the fused model is verified')
     parser.add_argument(
-        '--size', type=int, default=128, help='height and width of the verification images'
+        '--size', type=int, default=IMAGE_SIZE, help='height and width of the verification images'
     )
     parser.add_argument(
         '--tolerance',
         type=float,
-        default=1e-6,
+        default=TOLERANCE,
         help='largest relative difference of outputs in float64',
     )
     parser.add_argument(

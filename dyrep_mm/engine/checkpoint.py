@@ -37,11 +37,46 @@ def load_structure(source: str | Path | Mapping) -> Structure:
         except (OSError, ValueError) as error:
             raise DyRepError(f'structure file {source}: {error}') from None
     else:
-        data = Record.from_checkpoint(load_checkpoint(source)).structure
-        if data is None:
-            raise DyRepError(f'{source} holds no structure: it is a checkpoint of a plain run')
+        _, data = load_grown(source)
     check_structure(data)
     return {path: list(names) for path, names in data.items()}
+
+
+def load_grown(
+    path: str | Path, *, trust: bool = False, advice: str = ''
+) -> tuple[dict[str, Any], Structure]:
+    """Read a checkpoint of a run with DyRep, and its Structure; see :func:`load_checkpoint`.
+
+    Args:
+        path: The file.
+        trust: Unpickle any class.
+        advice: What a user with a checkpoint of a plain run should do.
+
+    Raises:
+        DyRepError: it cannot be read, or it is of a plain run.
+    """
+    checkpoint = load_checkpoint(path, trust=trust)
+    structure = Record.from_checkpoint(checkpoint).structure
+    if structure is None:
+        raise DyRepError(f'{path} holds no structure: it is a checkpoint of a plain run{advice}')
+    return checkpoint, structure
+
+
+def weights_of(checkpoint: Mapping[str, Any], prefix: str = '') -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name, those of DDP and those below ``prefix`` without it.
+
+    Raises:
+        DyRepError: it holds no ``state_dict``.
+    """
+    state = checkpoint.get('state_dict', checkpoint)
+    if not isinstance(state, Mapping):
+        raise DyRepError('the checkpoint holds no state_dict')
+    return below(prefix, {name.removeprefix('module.'): t for name, t in state.items()})
+
+
+def below(prefix: str, names: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``names`` that start with ``prefix``, without it."""
+    return {n.removeprefix(prefix): v for n, v in names.items() if n.startswith(prefix)}
 
 
 def load_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
@@ -110,12 +145,14 @@ def latest_checkpoint(work_dir: str | Path) -> str | None:
 
 
 def check_keys(model: nn.Module, checkpoint: dict, resume: bool) -> None:
-    """Refuse a checkpoint whose weights are not this model's: mmengine would only warn."""
-    state = checkpoint.get('state_dict', checkpoint)
-    if not isinstance(state, Mapping):
-        raise DyRepError('the checkpoint holds no state_dict')
-    names = {name.removeprefix('module.') for name in state}
-    own = set(model.state_dict())
+    """Refuse a checkpoint whose weights are not this model's: mmengine would only warn.
+
+    Args:
+        model: In the structure of the checkpoint.
+        checkpoint: As it was read.
+        resume: Whether all weights must be there, or those of blocks alone.
+    """
+    names, own = weights_of(checkpoint).keys(), model.state_dict().keys()
     inner = {f'{path}.' for path in blocks_of(model)}
     missing = sorted(
         name for name in own - names if resume or any(name.startswith(prefix) for prefix in inner)
@@ -132,8 +169,13 @@ def check_keys(model: nn.Module, checkpoint: dict, resume: bool) -> None:
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
-    """``load_state_dict(strict=True)`` with one sentence for what does not fit."""
-    state = {name.removeprefix('module.'): tensor for name, tensor in state.items()}
+    """``load_state_dict(strict=True)`` with one sentence for what does not fit.
+
+    Args:
+        model: Takes the weights.
+        state: By name, see :func:`weights_of`.
+        source: Where they come from.
+    """
     own = model.state_dict()
     wrong = [
         *(f'{name} is missing' for name in own if name not in state),

@@ -16,20 +16,27 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
 from dyrep_mm.engine.checkpoint import (
-    load_checkpoint,
+    load_grown,
     load_strictly,
     load_structure,
     save_atomically,
+    weights_of,
 )
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.evolution.record import KEY, Record
+from dyrep_mm.evolution.record import KEY
 from dyrep_mm.registry import TASK_UTILS
 from dyrep_mm.reparam.block import gain_bias
 from dyrep_mm.surgery.fuse import fuse
-from dyrep_mm.surgery.rewire import apply_structure, expand
+from dyrep_mm.surgery.rewire import INIT_SCALE, expand, restore
 from dyrep_mm.surgery.structure import PRESETS
 from dyrep_mm.surgery.tree import Scope, blocks_of, depth_of, get_module
 from dyrep_mm.version import __version__
+
+#: Height and width of the images on which a fused model is verified, pixels.
+IMAGE_SIZE = 128
+
+#: Largest accepted relative difference of outputs in float64.
+TOLERANCE = 1e-6
 
 
 @TASK_UTILS.register_module()
@@ -49,7 +56,7 @@ class DyRepConverter:
         structure: str | Mapping = 'dbb',
         kernel_sizes: Iterable[int] = (3,),
         scope: Scope = 'backbone',
-        init_scale: float = 0.01,
+        init_scale: float = INIT_SCALE,
     ):
         named = isinstance(structure, str) and structure in PRESETS
         self.structure = structure if named else load_structure(structure)
@@ -140,8 +147,8 @@ def fuse_checkpoint(
     checkpoint: str | Path,
     out: str | Path,
     *,
-    size: int = 128,
-    tolerance: float = 1e-6,
+    size: int = IMAGE_SIZE,
+    tolerance: float = TOLERANCE,
     trust: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> FuseReport:
@@ -164,31 +171,25 @@ def fuse_checkpoint(
         DyRepError: the checkpoint cannot be read, does not fit the config, holds no
             structure, or the fused model differs.
     """
-    loaded = load_checkpoint(checkpoint, trust=trust)
-    record = Record.from_checkpoint(loaded)
-    if record.structure is None:
-        raise DyRepError(f'{checkpoint} holds no structure: it is a checkpoint of a plain run')
+    loaded, structure = load_grown(checkpoint, trust=trust)
     if not Path(config).is_file():
         raise DyRepError(f'there is no config file {config}')
     if not (folder := Path(out).resolve().parent).is_dir():
         raise DyRepError(f'{folder} is no folder to write {Path(out).name} into')
     cfg = Config.fromfile(config)
     model = build_model(cfg)
-    apply_structure(model, record.structure, torch.Generator())
-    load_strictly(model, loaded['state_dict'], checkpoint)
+    restore(model, structure)
+    load_strictly(model, weights_of(loaded), checkpoint)
     weights = 'EMA weights' if 'ema_state_dict' in loaded else 'weights'
-    say(f'fusing the {weights} that a test of {checkpoint} uses: {len(blocks_of(model))} blocks')
+    blocks = len(blocks_of(model))
+    say(f'fusing the {weights} that a test of {checkpoint} uses: {blocks} blocks')
 
     inputs = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    plain, biased = build_model(cfg), []
     fused = fuse(model, inputs, forward=features)
-    plain = build_model(cfg)
-    names = plain.state_dict().keys()
-    biased = [n.removesuffix('.bias') for n in fused.state_dict() if n not in names]
-    for path in biased:
-        gain_bias(get_module(plain, path))
+    for path in _transplant(fused, plain, checkpoint):
+        biased.append(path)
         say(f'{path} gains a bias: no BN takes its output, so its plain config must have one')
-    load_strictly(plain, fused.state_dict(), checkpoint)
-
     state = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     error32 = difference(model, plain, inputs)
     error64 = difference(model.double(), plain.double(), inputs.double())
@@ -198,20 +199,38 @@ def fuse_checkpoint(
             f'the fused model differs by {error64:.1e} in float64, more than {tolerance:.0e}: '
             f'{out} is not written'
         )
-    kept = {'dataset_meta', 'epoch', 'iter'} & loaded['meta'].keys()
-    meta = {
-        **{name: _plain(loaded['meta'][name]) for name in sorted(kept)},
-        KEY: {
-            'fused': True,
-            'source': Path(checkpoint).name,
-            'weights': weights,
-            'version': __version__,
-            'structure': {},
-        },
-    }
-    save_atomically({'meta': meta, 'state_dict': state}, out)
+    save_atomically(_fused_checkpoint(loaded['meta'], checkpoint, weights, state), out)
     say(f'wrote {out}')
-    return FuseReport(weights, len(blocks_of(model)), biased, error64, error32)
+    return FuseReport(weights, blocks, biased, error64, error32)
+
+
+def _transplant(fused: nn.Module, plain: nn.Module, source: str | Path) -> list[str]:
+    """Load the weights of ``fused`` into the plain model of the config, strictly; returns the
+    convs that had to gain a bias for it."""
+    names = plain.state_dict().keys()
+    biased = [name.removesuffix('.bias') for name in fused.state_dict() if name not in names]
+    for path in biased:
+        gain_bias(get_module(plain, path))
+    load_strictly(plain, fused.state_dict(), source)
+    return biased
+
+
+def _fused_checkpoint(
+    meta: Mapping, source: str | Path, weights: str, state: dict[str, Tensor]
+) -> dict[str, Any]:
+    """The content of a fused file: plain data, and from where it comes."""
+    kept = {'dataset_meta', 'epoch', 'iter'} & meta.keys()
+    said = {
+        'fused': True,
+        'source': Path(source).name,
+        'weights': weights,
+        'version': __version__,
+        'structure': {},
+    }
+    return {
+        'meta': {**{name: _plain(meta[name]) for name in sorted(kept)}, KEY: said},
+        'state_dict': state,
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,35 +11,27 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
 
-from dyrep_mm.engine.batches import calibration_batches, calibration_forward, random_state_kept
 from dyrep_mm.engine.checkpoint import check_keys, load_structure
-from dyrep_mm.engine.pretrained import Start, starts_in
+from dyrep_mm.engine.pretrained import Handover, handovers_in
 from dyrep_mm.engine.runner import (
-    averaged_models,
-    broadcast_parameters,
     choose_resume,
     from_rank_0,
     make_generator,
-    make_seed,
     optimizer_of,
-    param_settings,
-    refresh_average,
     refuse_unsupported,
-    rewrap,
     unwrap,
 )
+from dyrep_mm.engine.transaction import Transaction
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.evolution.record import Record
-from dyrep_mm.evolution.rule import make_plan
-from dyrep_mm.evolution.saliency import Saliency, check_metric
+from dyrep_mm.evolution.record import Entry, Record
+from dyrep_mm.evolution.rule import DyRepRule, Rule
+from dyrep_mm.evolution.saliency import check_metric
 from dyrep_mm.registry import HOOKS
-from dyrep_mm.reparam.branches import check_operations, fitting
-from dyrep_mm.reparam.geometry import ConvSpec
-from dyrep_mm.surgery.calibration import calibrate
+from dyrep_mm.reparam.branches import check_operations
 from dyrep_mm.surgery.candidates import candidates, preset, survey
-from dyrep_mm.surgery.optimizer import check_optimizer, sync_optimizer
-from dyrep_mm.surgery.rewire import apply_structure, insert, mirror, prune
-from dyrep_mm.surgery.structure import MAX_DEPTH, PRESETS, Plan, Structure, structure_of
+from dyrep_mm.surgery.cost import SizeWatch, multiply_adds
+from dyrep_mm.surgery.rewire import INIT_SCALE, absent, structure_errors
+from dyrep_mm.surgery.structure import MAX_DEPTH, PRESETS, Plan, structure_of
 from dyrep_mm.surgery.tree import Scope, blocks_of, check_scope, get_module
 
 
@@ -91,7 +82,7 @@ class DyRepHook(Hook):
         metric: str = 'synflow',
         grow_per_update: int = 1,
         branches: Sequence[str] | None = None,
-        init_scale: float = 0.01,
+        init_scale: float = INIT_SCALE,
         calibration_batches: int = 20,
         prune: bool = True,
         prune_threshold: float = 0.02,
@@ -134,9 +125,26 @@ class DyRepHook(Hook):
         self.recompute = bool(recompute)
         self._restored = False
         self._record = Record()
-        self._saliency: Saliency | None = None
-        self._scored: dict[str, Tensor] = {}
+        self._transaction: Transaction | None = None
+        self._sizes: SizeWatch | None = None
         self._handle: Any = None
+        self.rule = self.make_rule()
+
+    def make_rule(self) -> Rule:
+        """The rule that decides; a subclass may return another one."""
+        return DyRepRule(
+            self.metric,
+            scope=self.scope,
+            branches=self.branches,
+            max_depth=self.max_depth,
+            grow_per_update=self.grow_per_update,
+            prune_threshold=self.prune_threshold,
+        )
+
+    @property
+    def journal(self) -> list[Entry]:
+        """One entry for each update of the run so far."""
+        return self._record.journal
 
     # The moments of a run, in order.
 
@@ -146,17 +154,17 @@ class DyRepHook(Hook):
             if isinstance(hook, EMAHook) and runner.hooks.index(hook) < runner.hooks.index(self):
                 raise DyRepError('DyRepHook must have a higher priority than EMAHook')
         choose_resume(runner)
+        self._transaction = None  # averages are made anew after this
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         refuse_unsupported(runner)  # FlexibleRunner loads before before_run
-        model = unwrap(runner.model)
-        record = Record.from_checkpoint(checkpoint)
+        record, model = Record.from_checkpoint(checkpoint), unwrap(runner.model)
         if record.structure:
-            self._apply(runner, record.structure)
+            self._transaction_of(runner).restore(record.structure)
         # A resumed run had its start already, also if it has not grown yet.
         self._restored = bool(record.structure) or (runner._resume and record.structure is not None)
-        for path, start in starts_in(model).items():
-            start.done(get_module(model, path))  # what is loaded last wins
+        for path, handover in handovers_in(model).items():
+            handover.finish(get_module(model, path))  # the weights that are loaded last win
         check_keys(model, checkpoint, runner._resume)
         if runner._resume:
             self._record = record
@@ -168,25 +176,22 @@ class DyRepHook(Hook):
         # With diff_rank_seed every rank has another; branches must be the same.
         self.seed = from_rank_0(runner.seed if self.seed is None else self.seed)
         self._choose_unit(runner)
-        for path, start in starts_in(model).items():
-            self._take_over(runner, path, start)
+        for path, handover in handovers_in(model).items():
+            self._take_over(runner, path, handover)
         if self.structure is not None and not self._restored:
-            self._start(runner, model)
+            self._start(runner)
         if self.interval is None:
             return
-        if not candidates(model, self.scope, self.max_depth) and not blocks_of(model):
-            reasons = [f'{path}: {why}' for path, why in survey(model, self.scope).items()]
-            raise DyRepError(
-                f'no conv in scope {self.scope!r} can grow'
-                + (f' ({"; ".join(reasons[:3])})' if reasons else ': it has no conv above 1x1')
+        self._check_that_something_can_change(model)
+        self.rule.watch(model)
+        scores = self._record.scores
+        if scores is not None and not self.rule.load_state_dict(scores):
+            runner.logger.warning(
+                'DyRep: the checkpoint scored other operations or by another metric; the '
+                'interval starts without its scores'
             )
-        self._watch(runner)
-        if (scores := self._record.scores) and self._saliency is not None:
-            if not self._saliency.load_state_dict(scores):
-                runner.logger.warning(
-                    'DyRep: the checkpoint scored other operations or by another metric; the '
-                    'interval starts without its scores'
-                )
+        if self._record.sizes is None:
+            self._sizes = SizeWatch(model)
         self._handle = optimizer_of(runner).register_step_pre_hook(self._on_step)
 
     def after_train_iter(
@@ -197,6 +202,9 @@ class DyRepHook(Hook):
         outputs: dict | None = None,
     ) -> None:
         self._check_loss(runner, outputs)
+        if self._sizes is not None:
+            self._record.sizes = from_rank_0(self._sizes.finish())
+            self._sizes = None
         if not self.by_epoch:
             self._update_if_due(runner, runner.iter + 1, runner.max_iters)
 
@@ -206,7 +214,7 @@ class DyRepHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         self._record.structure = structure_of(unwrap(runner.model))
-        self._record.scores = self._saliency.state_dict() if self._saliency else None
+        self._record.scores = self.rule.state_dict()
         self._record.to_checkpoint(checkpoint)
 
     def after_train(self, runner: Runner) -> None:
@@ -215,6 +223,16 @@ class DyRepHook(Hook):
             self._handle = None
 
     # What happens at them.
+
+    def _transaction_of(self, runner: Runner) -> Transaction:
+        if self._transaction is None:
+            self._transaction = Transaction(
+                runner,
+                init_scale=self.init_scale,
+                calibration_batches=self.calibration_batches,
+                recompute=self.recompute,
+            )
+        return self._transaction
 
     def _choose_unit(self, runner: Runner) -> None:
         epochs = isinstance(runner.train_loop, EpochBasedTrainLoop)
@@ -226,33 +244,33 @@ class DyRepHook(Hook):
                 f'got {type(runner.train_loop).__name__}: set by_epoch=False'
             )
         limit = runner.max_epochs if self.by_epoch else runner.max_iters
-        unit = 'epochs' if self.by_epoch else 'iterations'
         if self.interval is not None and self.interval >= limit:
             raise DyRepError(
-                f'interval={self.interval} is never reached: training ends after {limit} {unit}'
+                f'interval={self.interval} is never reached: training ends after {limit} '
+                f'{self._unit}s'
             )
         if self._record.by_epoch != self.by_epoch:
             # A new run, or one resumed from a plain checkpoint or with another unit.
             self._record.by_epoch = self.by_epoch
             self._record.last = runner.epoch if self.by_epoch else runner.iter
 
-    def _watch(self, runner: Runner) -> None:
-        """Score the present candidates from now on."""
-        model = unwrap(runner.model)
-        paths = candidates(model, self.scope, self.max_depth)
-        self._scored = {path: get_module(model, path).weight for path in paths}
-        device = next(model.parameters()).device
-        self._saliency = Saliency(self.metric, paths, device) if paths else None
+    @property
+    def _unit(self) -> str:
+        return 'epoch' if self.by_epoch else 'iteration'
+
+    def _check_that_something_can_change(self, model: nn.Module) -> None:
+        if blocks_of(model) or candidates(model, self.scope, self.max_depth, self.branches):
+            return
+        reasons = [f'{p}: {why}' for p, why in survey(model, self.scope, self.branches).items()]
+        raise DyRepError(
+            f'no conv in scope {self.scope!r} can grow'
+            + (f' ({"; ".join(reasons[:3])})' if reasons else ': it has no conv above 1x1')
+        )
 
     def _on_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        # Here gradients are complete: accumulated, averaged over ranks, and unscaled, but for
-        # a fused optimizer, which unscales by itself and leaves these two attributes.
-        if self._saliency is not None and not self._ended:
-            self._saliency.gather(
-                self._scored,
-                getattr(optimizer, 'grad_scale', None),
-                getattr(optimizer, 'found_inf', None),
-            )
+        # Here gradients are complete: accumulated, averaged over ranks, and unscaled.
+        if not self._ended:
+            self.rule.observe(optimizer)
 
     @property
     def _ended(self) -> bool:
@@ -285,149 +303,60 @@ class DyRepHook(Hook):
 
     def update(self, runner: Runner, now: int) -> Plan:
         """One update of Algorithm 1 (lines 6 to 11), the same on every rank."""
-        record, model = self._record, unwrap(runner.model)
+        record, transaction = self._record, self._transaction_of(runner)
         record.updates += 1
-        scores: dict[str, float] = {}
-        if self._saliency is not None:
-            generator = make_generator(self.seed, record.updates, 'scores')
-            scores = self._saliency.means(generator)
-            if self._saliency.cancelled() and not record.warned:
-                record.warned = True
-                runner.logger.warning(
-                    'DyRep: the signed sums of metric=synflow (Eq. 4) cancel to rounding in front '
-                    'of BN in train mode; the choice is close to random, metric=snip is not'
-                )
-        importances = {path: b.importances() for path, b in blocks_of(model).items()}
-        plan = make_plan(
-            {path: score for path, score in scores.items() if self._fits(model, path)},
-            importances,
-            grow=self.grow_per_update,
-            threshold=self.prune_threshold,
-        )
-        plan, scores, importances = from_rank_0((plan, scores, importances))
-        self._edit(runner, plan)
+        generator = make_generator(self.seed, record.updates, 'scores')
+        plan = from_rank_0(self.rule.decide(transaction.model, generator))
+        if plan.remark is not None and not record.warned:
+            record.warned = True
+            runner.logger.warning(f'DyRep: {plan.remark}')
+        transaction.change(plan, self.seed, record.updates)
         record.last = now
-        unit = 'epoch' if self.by_epoch else 'iteration'
-        entry = {
-            'update': record.updates,
-            unit: now,
-            'grown': {path: get_module(model, path).names for path in plan.grow},
-            'pruned': plan.prune,
-            'scores': {path: scores[path] for path in plan.grow},
-            'importances': {path: importances[path] for path in plan.prune},
-        }
-        record.journal.append(entry)
-        self._log(runner, entry, f'{unit} {now}')
-        self._watch(runner)
+        record.journal.append(self._entry(plan, transaction.model))
+        runner.logger.info(f'DyRep {record.journal[-1].summary()}')
+        self.rule.watch(transaction.model)
         return plan
 
-    def _fits(self, model: nn.Module, path: str) -> bool:
-        return bool(fitting(ConvSpec.of(get_module(model, path)), self.branches))
+    def _entry(self, plan: Plan, model: nn.Module) -> Entry:
+        blocks, sizes = blocks_of(model).values(), self._record.sizes
+        return Entry(
+            update=self._record.updates,
+            unit=self._unit,
+            at=self._record.last,
+            grown=plan.grow,
+            pruned=plan.prune,
+            scores=plan.scores,
+            importances=plan.importances,
+            blocks=len(blocks),
+            branches=sum(len(block.added) for block in blocks),
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            multiply_adds=None if sizes is None else multiply_adds(model, sizes),
+        )
 
-    def _start(self, runner: Runner, model: nn.Module) -> None:
+    def _start(self, runner: Runner) -> None:
+        transaction = self._transaction_of(runner)
+        model = transaction.model
         if isinstance(self.structure, str) and self.structure in PRESETS:
             structure = preset(model, self.structure, scope=self.scope)
         else:
             structure = load_structure(self.structure)
-        self._edit(runner, Plan(), structure)
+        with structure_errors():
+            transaction.change(Plan(grow=absent(model, structure)), self.seed, 0)
         runner.logger.info(f'DyRep: starts with {len(blocks_of(model))} blocks')
 
-    def _take_over(self, runner: Runner, path: str, start: Start) -> None:
-        """What :class:`DyRepPretrained` has left to do for the module at ``path``."""
-        model = unwrap(runner.model)
-        module = get_module(model, path)
+    def _take_over(self, runner: Runner, path: str, handover: Handover) -> None:
+        """Do what :class:`DyRepPretrained` has left to do for the module at ``path``."""
+        transaction = self._transaction_of(runner)
+        module = get_module(transaction.model, path)
         below = f'{path}.' if path else ''
-        self._apply(runner, {below + p: names for p, names in start.structure.items()})
-        module.load_state_dict(start.state)
-        start.done(module)
+        transaction.restore({below + p: names for p, names in handover.structure.items()})
+        module.load_state_dict(handover.state)
+        handover.finish(module)
         runner.logger.info(
-            f'DyRep: {path or "the model"} starts from {start.checkpoint} with '
+            f'DyRep: {path or "the model"} starts from {handover.checkpoint} with '
             f'{len(blocks_of(module))} blocks'
             + ''.join(
                 f'; {below}{p}: {", ".join(names)} not exact here, absorbed by the conv'
-                for p, names in start.absorbed.items()
+                for p, names in handover.absorbed.items()
             )
-        )
-
-    # The edit transaction.
-
-    def _edit(self, runner: Runner, plan: Plan, structure: Structure | None = None) -> None:
-        """Change the structure and all that depends on it; every rank runs the same."""
-        model = unwrap(runner.model)
-        number, seed = self._record.updates, self.seed
-        try:
-            if structure:
-                blocks = apply_structure(
-                    model, structure, make_generator(seed, number, 'structure')
-                )
-                plan = Plan([path for path, b in blocks_of(model).items() if b in blocks])
-            else:
-                blocks = []
-                for path in plan.grow:
-                    names = fitting(ConvSpec.of(get_module(model, path)), self.branches)
-                    generator = make_generator(seed, number, path)
-                    blocks.append(insert(model, path, names, generator))
-            if self.calibration_batches and blocks:
-                with random_state_kept():
-                    calibrate(
-                        model,
-                        blocks,
-                        calibration_batches(
-                            runner,
-                            self.calibration_batches,
-                            make_seed(seed, number, 'calibration'),
-                        ),
-                        calibration_forward(runner, plan.grow),
-                    )
-            for block in reversed(blocks):  # inner ones first
-                block.settle(self.init_scale)
-            averages = averaged_models(runner)
-            for averaged in averages:
-                mirror(averaged.module, model, Plan(plan.grow))
-            for module in (model, *(averaged.module for averaged in averages)):
-                for path, names in plan.prune.items():
-                    prune(module, path, names)
-            self._follow(runner)
-        except TypeError:
-            # mmengine re-raises a TypeError of a hook without its traceback.
-            raise RuntimeError(traceback.format_exc()) from None
-
-    def _apply(self, runner: Runner, structure: Structure) -> None:
-        """Give the model and its averages a structure whose weights are loaded afterwards."""
-        for module in (
-            unwrap(runner.model),
-            *(averaged.module for averaged in averaged_models(runner)),
-        ):
-            apply_structure(module, structure, torch.Generator())
-        self._follow(runner)
-
-    def _follow(self, runner: Runner) -> None:
-        """Bring in step with the model what refers to its parameters."""
-        model = unwrap(runner.model)
-        for block in blocks_of(model).values():
-            block.recompute = self.recompute
-        for averaged in averaged_models(runner):
-            broadcast_parameters(averaged.module)
-            refresh_average(averaged)
-        optimizer = optimizer_of(runner)
-        if optimizer is not None:
-            sync_optimizer(optimizer, model, param_settings(runner))
-        rewrap(runner)
-        if optimizer is not None:
-            runner.model.train()  # frozen stages and norm_eval, as the library wants them
-            check_optimizer(optimizer, unwrap(runner.model))
-
-    def _log(self, runner: Runner, entry: dict, when: str) -> None:
-        model = unwrap(runner.model)
-        blocks = blocks_of(model)
-        parts = [
-            f'grew {path} (score {entry["scores"][path]:.3g}) to {", ".join(names)}'
-            for path, names in entry['grown'].items()
-        ]
-        parts += [f'pruned {", ".join(names)} of {path}' for path, names in entry['pruned'].items()]
-        size = sum(p.numel() for p in model.parameters())
-        runner.logger.info(
-            f'DyRep update {entry["update"]} at {when}: {"; ".join(parts) or "no change"} | '
-            f'{len(blocks)} blocks, {sum(len(b.added) for b in blocks.values())} branches, '
-            f'{size / 1e6:.2f} M parameters'
         )

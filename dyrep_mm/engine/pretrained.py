@@ -7,15 +7,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from dyrep_mm.engine.checkpoint import load_checkpoint, load_strictly
+from dyrep_mm.engine.checkpoint import below, load_grown, load_strictly, weights_of
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.evolution.record import Record
 from dyrep_mm.registry import WEIGHT_INITIALIZERS
 from dyrep_mm.reparam.branches import ORIGIN, fitting
-from dyrep_mm.surgery.rewire import apply_structure, prune
+from dyrep_mm.surgery.rewire import prune, restore
 from dyrep_mm.surgery.structure import Structure, structure_of
 from dyrep_mm.surgery.tree import blocks_of, get_module, outermost
 
@@ -51,11 +49,11 @@ class DyRepPretrained:
         self.prefix = prefix and prefix.rstrip('.') + '.'
 
     def __call__(self, module: nn.Module) -> None:
-        setattr(module, _MARK, Start(self.checkpoint, self.prefix or '', module))
+        setattr(module, _MARK, Handover(self.checkpoint, self.prefix or '', module))
 
 
-class Start:
-    """What :class:`DyRepPretrained` has read and the hook is to do.
+class Handover:
+    """What :class:`DyRepPretrained` has read and leaves to the hook.
 
     Args:
         checkpoint: Where it comes from.
@@ -70,18 +68,12 @@ class Start:
 
     def __init__(self, checkpoint: str | Path, prefix: str, module: nn.Module):
         self.checkpoint = checkpoint
-        loaded = load_checkpoint(checkpoint)
-        structure = Record.from_checkpoint(loaded).structure
-        if structure is None:
-            raise DyRepError(
-                f'{checkpoint} holds no structure, it is of a plain run: '
-                "type='Pretrained' starts from it"
-            )
-        state = _below(prefix, loaded.get('state_dict', {}))
+        loaded, structure = load_grown(checkpoint, advice="; type='Pretrained' starts from it")
+        state = weights_of(loaded, prefix)
         # On a copy, since mmengine allows no new parameters while it initialises weights.
         copied = copy.deepcopy(module)
         try:
-            self.absorbed = _give(copied, _below(prefix, structure), state)
+            self.absorbed = _give(copied, below(prefix, structure), state)
         except DyRepError as error:
             part = f'what starts with {prefix!r} in {checkpoint}' if prefix else checkpoint
             raise DyRepError(f'{part} cannot start a {type(module).__name__}: {error}') from None
@@ -89,13 +81,13 @@ class Start:
         self.state = copied.state_dict()
         self._guard = module.register_forward_pre_hook(_refuse)
 
-    def done(self, module: nn.Module) -> None:
+    def finish(self, module: nn.Module) -> None:
         """Take the mark and the guard away."""
         self._guard.remove()
         delattr(module, _MARK)
 
 
-def starts_in(model: nn.Module) -> dict[str, Start]:
+def handovers_in(model: nn.Module) -> dict[str, Handover]:
     """What initialisers have left to do in ``model``, by path."""
     return {path: vars(m)[_MARK] for path, m in model.named_modules() if _MARK in vars(m)}
 
@@ -107,12 +99,6 @@ def _refuse(module: nn.Module, _args: Any) -> None:
     )
 
 
-def _below(prefix: str, names: dict[str, Any]) -> dict[str, Any]:
-    """Those of ``names`` that start with ``prefix``, without it."""
-    names = {name.removeprefix('module.'): value for name, value in names.items()}
-    return {n.removeprefix(prefix): v for n, v in names.items() if n.startswith(prefix)}
-
-
 def _give(
     module: nn.Module, structure: Structure, state: dict[str, Tensor]
 ) -> dict[str, list[str]]:
@@ -122,7 +108,7 @@ def _give(
     for path in geometry:
         conv = get_module(module, path)
         conv.stride = conv.dilation = (1, 1)
-    apply_structure(module, structure, torch.Generator())
+    restore(module, structure)
     own = module.state_dict().keys()
     load_strictly(module, {name: state[name] for name in own if name in state}, 'this part')
     absorbed = {}

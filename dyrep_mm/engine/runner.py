@@ -109,8 +109,10 @@ def refuse_unsupported(runner: Any) -> None:
 
 
 def choose_resume(runner: Runner) -> None:
-    """Let ``resume=True`` continue from the newest checkpoint that was written to its end,
-    where mmengine would fail on what a killed process has left."""
+    """Resume from the newest complete checkpoint.
+
+    mmengine would take the last one, even if a kill has left half of it.
+    """
     if runner._resume and runner._load_from is None and not runner._has_loaded:
         runner._load_from = from_rank_0(latest_checkpoint(runner.work_dir))
         runner._resume = runner._load_from is not None

@@ -1,12 +1,108 @@
-"""The rule of the paper: scores and importances in, what to grow and to prune out."""
+"""A rule: it watches a model in training and decides what to grow and what to prune."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
-from dyrep_mm.surgery.structure import Plan
+import torch
+from torch import nn
+
+from dyrep_mm.evolution.saliency import Score, check_metric, make_score
+from dyrep_mm.surgery.candidates import candidates
+from dyrep_mm.surgery.structure import Plan, Structure
+from dyrep_mm.surgery.tree import Scope, blocks_of, get_module
+
+
+class Rule(Protocol):
+    """What the hook asks of a rule, on every rank; the plan of rank 0 is carried out."""
+
+    def watch(self, model: nn.Module) -> None:
+        """Start to observe ``model`` in its present structure."""
+
+    def observe(self, optimizer: torch.optim.Optimizer) -> None:
+        """Look at one iteration: gradients are complete, the optimizer has not stepped."""
+
+    def decide(self, model: nn.Module, generator: torch.Generator) -> Plan:
+        """What to change now; draws from ``generator`` are the same after a resume."""
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What was observed since :meth:`watch`, as plain data; None if nothing was."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> bool:
+        """Continue from a checkpoint; False if the state is of other observations."""
+
+
+class DyRepRule:
+    """The rule of the paper: the operations of the highest score grow, weak branches go.
+
+    Args:
+        metric: Name of a registered score (section 4.1, A.3).
+        scope: Dotted prefix, or several, inside which convs may grow; everywhere by default.
+        branches: The operations that a block gets, as far as they fit; Table 1 by default.
+        max_depth: How deep blocks may nest; None sets no limit.
+        grow_per_update: How many of the best operations grow at once (Algorithm 1: 1).
+        prune_threshold: lambda (section 4.2); None prunes nothing.
+
+    Attributes:
+        operations: The convs that may grow now, with the operations that each would have.
+        score: Of these; None if nothing may grow.
+    """
+
+    def __init__(
+        self,
+        metric: str,
+        *,
+        scope: Scope = None,
+        branches: Sequence[str] | None = None,
+        max_depth: int | None,
+        grow_per_update: int,
+        prune_threshold: float | None,
+    ):
+        check_metric(metric)
+        self.metric = metric
+        self.scope = scope
+        self.branches = branches
+        self.max_depth = max_depth
+        self.grow_per_update = grow_per_update
+        self.prune_threshold = prune_threshold
+        self.operations: Structure = {}
+        self.score: Score | None = None
+
+    def watch(self, model: nn.Module) -> None:
+        """Score the present candidates from now on."""
+        self.operations = candidates(model, self.scope, self.max_depth, self.branches)
+        weights = {path: get_module(model, path).weight for path in self.operations}
+        self.score = make_score(self.metric, weights) if weights else None
+
+    def observe(self, optimizer: torch.optim.Optimizer) -> None:
+        """Add the scores of one iteration."""
+        if self.score is not None:
+            # A fused optimizer unscales gradients by itself and leaves these two attributes.
+            self.score.gather(
+                getattr(optimizer, 'grad_scale', None), getattr(optimizer, 'found_inf', None)
+            )
+
+    def decide(self, model: nn.Module, generator: torch.Generator) -> Plan:
+        """One update of Algorithm 1 (lines 8 to 10)."""
+        return make_plan(
+            self.score.means(generator) if self.score else {},
+            {path: block.importances() for path, block in blocks_of(model).items()},
+            self.operations,
+            count=self.grow_per_update,
+            threshold=self.prune_threshold,
+            remark=self.score.remark() if self.score else None,
+        )
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """The scores so far."""
+        return self.score.state_dict() if self.score else None
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> bool:
+        """Continue with the scores of a checkpoint; False if they are of other operations."""
+        return self.score is None or self.score.load_state_dict(state)
 
 
 def weak_branches(importances: Mapping[str, float], threshold: float) -> list[str]:
@@ -24,17 +120,21 @@ def weak_branches(importances: Mapping[str, float], threshold: float) -> list[st
 def make_plan(
     scores: Mapping[str, float],
     importances: Mapping[str, Mapping[str, float]],
+    operations: Structure,
     *,
-    grow: int,
+    count: int,
     threshold: float | None,
+    remark: str | None = None,
 ) -> Plan:
     """One update of Algorithm 1 (lines 8 to 10).
 
     Args:
         scores: Average score of every operation that may grow, by path.
         importances: Eq. 9 for the added branches of every block, by path of the block.
-        grow: How many of the best operations grow.
+        operations: What each of the scored convs would grow to.
+        count: How many of the best operations grow.
         threshold: lambda; None prunes nothing.
+        remark: On the scores.
     """
     prune: dict[str, list[str]] = {}
     if threshold is not None:
@@ -44,9 +144,15 @@ def make_plan(
     cut = [f'{path}.branches.{name}' for path, names in prune.items() for name in names]
 
     def survives(path: str) -> bool:
-        # What lies in a branch that goes is neither grown nor pruned.
+        # A branch that goes takes along what lies in it.
         return not any(path == c or path.startswith(f'{c}.') for c in cut)
 
     usable = {path: s for path, s in scores.items() if math.isfinite(s) and survives(path)}
     best = sorted(usable, key=usable.__getitem__, reverse=True)
-    return Plan(best[:grow], {path: names for path, names in prune.items() if survives(path)})
+    return Plan(
+        grow={path: operations[path] for path in best[:count]},
+        prune={path: names for path, names in prune.items() if survives(path)},
+        scores=dict(scores),
+        importances={path: dict(values) for path, values in importances.items()},
+        remark=remark,
+    )

@@ -11,8 +11,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.reparam.branches import BRANCHES, ORIGIN, Branch, check_operations, fitting, kernel_of
-from dyrep_mm.reparam.geometry import ConvSpec
+from dyrep_mm.reparam.branches import (
+    BRANCHES,
+    ORIGIN,
+    Branch,
+    check_operations,
+    fitting,
+    kernel_of,
+    multiply_adds_of,
+)
+from dyrep_mm.reparam.geometry import ConvSpec, Pair
 from dyrep_mm.reparam.kernels import Kernel, add
 from dyrep_mm.reparam.moments import BlockInput
 from dyrep_mm.reparam.norms import NormFactory, statistics_kept
@@ -23,6 +31,22 @@ def gain_bias(conv: nn.Conv2d) -> None:
     zeros = conv.weight.new_zeros(conv.out_channels)
     conv.bias = nn.Parameter(zeros, requires_grad=conv.weight.requires_grad)
     conv.gained_bias = True
+
+
+def has_gained_bias(module: nn.Module) -> bool:
+    """Whether :func:`gain_bias` gave ``module`` its bias."""
+    return getattr(module, 'gained_bias', False)
+
+
+def lose_bias(conv: nn.Conv2d) -> None:
+    """Undo :func:`gain_bias`."""
+    conv.bias = None
+    del conv.gained_bias
+
+
+def origin_of(module: nn.Module) -> nn.Conv2d:
+    """The conv that a block grew from; a conv itself."""
+    return module.origin if isinstance(module, Block) else module
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -52,7 +76,7 @@ class Block(nn.Module):
         DyRepError: an unknown branch, or one that cannot be exact on this conv.
     """
 
-    # Who reads a conv's attributes (mmcv's ConvModule, say) must find them on the block.
+    # Code that reads a conv's attributes, such as mmcv's ConvModule, finds them on the block.
     transposed = False
     output_padding = (0, 0)
     padding_mode = 'zeros'
@@ -124,8 +148,7 @@ class Block(nn.Module):
     @property
     def origin(self) -> nn.Conv2d:
         """The conv that this block, and a block in the place of its ``kxk``, grew from."""
-        module = self.branches[ORIGIN]
-        return module.origin if isinstance(module, Block) else module
+        return origin_of(self.branches[ORIGIN])
 
     @property
     def is_linear(self) -> bool:
@@ -141,22 +164,26 @@ class Block(nn.Module):
         with torch.autocast(self.origin_std.device.type, enabled=False):
             return add(map(kernel_of, self.branches.values()), self.kernel_size)
 
+    def multiply_adds(self, size: Pair) -> int:
+        """Of all branches, each run by itself, for one map of ``size`` (h, w)."""
+        return sum(multiply_adds_of(branch, size) for branch in self.branches.values())
+
     def forward(self, x: Tensor) -> Tensor:
         if self.is_linear:
             return self.spec.convolve(x, self._kernel_for_use())
-        if self._may_merge(x):
+        if self.may_merge(x):
             kernels, running = self._batch_kernels(BlockInput(x, self.spec, self.recompute))
             out = self.spec.convolve(x, add(kernels, self.kernel_size))
         else:
             running = [(branch, None) for branch in self.added]
             out = self.branches[ORIGIN](x)
-        # In place: neither a conv nor a BN needs its output for the backward. Who keeps what a
-        # forward hook on `branches.kxk` shows must clone it.
-        for branch, opened in running:
-            out += self._output(branch, x, opened)
+        # In place: neither a conv nor a BN needs its output for the backward. A forward hook that
+        # keeps the output of `branches.kxk` must clone it.
+        for branch, inner in running:
+            out += self._output(branch, x, inner)
         return out
 
-    def _may_merge(self, x: Tensor) -> bool:
+    def may_merge(self, x: Tensor) -> bool:
         """Whether norms may fold with the statistics of the batch: these are known in full, it
         pays, and nobody watches the branches."""
         kind, spec = x.device.type, self.spec
@@ -190,16 +217,16 @@ class Block(nn.Module):
         for branch in self.added:
             kernel = branch.batch_kernel(seen)
             if kernel is None:
-                running.append((branch, branch.open_kernel(seen)))
+                running.append((branch, branch.inner_kernel(seen)))
             else:
                 kernels.append(kernel)
         return kernels, running
 
-    def _output(self, branch: Branch, x: Tensor, opened: Kernel | None) -> Tensor:
+    def _output(self, branch: Branch, x: Tensor, inner: Kernel | None) -> Tensor:
         """Output of ``branch``, of which the backward keeps ``x`` alone if it may recompute."""
 
         def output(x: Tensor) -> Tensor:
-            return branch(x) if opened is None else branch.bn(self.spec.convolve(x, opened))
+            return branch(x) if inner is None else branch.bn(self.spec.convolve(x, inner))
 
         if not self.recompute:
             return output(x)

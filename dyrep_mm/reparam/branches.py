@@ -1,25 +1,35 @@
-"""The operations of Table 1 as modules: each equals one :class:`Kernel`, in eval mode with the
-running statistics, and in train mode, where it is worth it, with those of the batch.
+"""The operations of Table 1 as modules, and where a new one is registered.
 
-A branch is one or two stages, each a linear operation followed by a BN. The operation
-``kxk`` is the conv itself and needs no class here.
+Each branch equals one :class:`Kernel`: in eval mode with its running statistics; in train
+mode, where merging pays off, with those of the batch. A branch is one or two stages, each a
+linear operation followed by a BN. The operation ``kxk`` is the conv itself and needs no class
+here.
 
-The border: what a 1x1 ahead of a spatial operation puts out is padded before its BN, so that
-the BN turns the padded zeros into what the second stage must see there. No padding layer
-with a value of its own is needed, in train mode and in eval mode alike.
+At the border: the output of a leading 1x1 is padded before its BN. The BN then maps the padded
+zeros to the value that the second stage has to see outside the image. No padding layer with a
+value of its own is needed, in train mode and in eval mode alike.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.reparam.geometry import ConvSpec, Pair, average_pool, crop, pad, sample
+from dyrep_mm.reparam.geometry import (
+    ConvSpec,
+    Pair,
+    average_pool,
+    crop,
+    output_size,
+    pad,
+    subsample,
+)
 from dyrep_mm.reparam.kernels import (
     Kernel,
     average_weight,
@@ -39,6 +49,17 @@ def kernel_of(module: nn.Module) -> Kernel:
     return module.kernel()
 
 
+def multiply_adds_of(module: nn.Module, size: Pair) -> int:
+    """Multiply-adds of a conv, a branch or a block for one map of ``size`` (h, w), every conv run
+    by itself; of a linear layer for one row."""
+    if isinstance(module, nn.Linear):
+        return module.weight.numel()
+    if isinstance(module, nn.Conv2d):
+        height, width = output_size(module, size)
+        return module.weight.numel() * height * width
+    return module.multiply_adds(size)
+
+
 def _make_conv(channels: Pair, size: Pair, generator: Generator | None, **geometry) -> nn.Conv2d:
     """A conv without bias, initialised from ``generator`` as torch does from its own."""
     conv = nn.utils.skip_init(nn.Conv2d, *channels, size, bias=False, **geometry)
@@ -46,8 +67,22 @@ def _make_conv(channels: Pair, size: Pair, generator: Generator | None, **geomet
     return conv
 
 
+#: The operation that is the conv itself; every block has it.
+ORIGIN = 'kxk'
+
+#: The operations of Table 1, in the order in which a block holds them. Defaults and presets mean
+#: these alone; others are named by whoever registered them.
+OPERATIONS = (ORIGIN, '1x1', '1x1-kxk', '1x1-avg', '1xk', 'kx1', 'identity')
+
+#: The classes of all known operations but ``kxk``; :func:`register_branch` adds one.
+BRANCHES: dict[str, type[Branch]] = {}
+
+
 class Branch(nn.Module):
     """One operation of a block; its last BN, ``bn``, holds the importance (Eq. 9).
+
+    A subclass says in :meth:`build` what comes before that BN, runs it in ``forward``, gives it as
+    kernels in :meth:`stages`, and names in :meth:`misfit` the convs on which it is not exact.
 
     Args:
         spec: Geometry of the conv that the block replaces.
@@ -90,10 +125,14 @@ class Branch(nn.Module):
         """
         return None
 
-    def open_kernel(self, seen: BlockInput) -> Kernel | None:
+    def inner_kernel(self, seen: BlockInput) -> Kernel | None:
         """What comes before the last BN as a kernel of the size of the block; None where that is
         one operation already, or no kernel in train mode."""
         return None
+
+    def multiply_adds(self, size: Pair) -> int:
+        """Of the convs of this branch for one map of ``size`` (h, w)."""
+        return sum(multiply_adds_of(conv, size) for conv in self.children() if _is_conv(conv))
 
     def _copy(self) -> Kernel:
         """The 1x1 that changes nothing."""
@@ -106,6 +145,78 @@ class Branch(nn.Module):
         for operation, bn in self.stages():
             bn.reset_running_stats()
             bn.running_var.copy_(operation.weight.square().sum((1, 2, 3)))
+
+
+def register_branch(name: str) -> Callable[[type[Branch]], type[Branch]]:
+    """Make a subclass of :class:`Branch` known as the operation ``name``; a class decorator.
+
+    A checkpoint names the operations of its structure: the class must be registered before the
+    checkpoint is resumed or fused.
+
+    Args:
+        name: Letters, digits, ``-`` and ``_``. It becomes a part of parameter names.
+
+    Raises:
+        DyRepError: the name has another form or is taken, or the class is no branch.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r'[A-Za-z0-9_-]+', name):
+        raise DyRepError(f'a branch name is made of letters, digits, - and _, got {name!r}')
+    if hasattr(nn.ModuleDict, name):
+        raise DyRepError(
+            f'a branch cannot be named {name!r}: nn.ModuleDict has an attribute so named'
+        )
+
+    def register(cls: type[Branch]) -> type[Branch]:
+        if not (isinstance(cls, type) and issubclass(cls, Branch)):
+            raise DyRepError(f'branch {name!r} must be a subclass of Branch, got {cls!r}')
+        taken = BRANCHES.get(name)
+        # The same definition may run twice, as in a notebook.
+        again = taken is not None and _definition(taken) == _definition(cls)
+        if name == ORIGIN or (taken is not None and not again):
+            raise DyRepError(f'branch {name!r} is registered already')
+        BRANCHES[name] = cls
+        return cls
+
+    return register
+
+
+def _is_conv(module: nn.Module) -> bool:
+    """Whether ``module`` is a conv or a block in its place."""
+    return hasattr(module, 'kernel_size')
+
+
+def _definition(cls: type) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__
+
+
+def known_operations() -> tuple[str, ...]:
+    """All operations that a block can have, in the order in which it holds them.
+
+    Table 1 comes first, then the others by name: the order decides the layout of a saved
+    optimizer and must not depend on the order of imports.
+    """
+    return (*OPERATIONS, *sorted(BRANCHES.keys() - set(OPERATIONS)))
+
+
+def check_operations(names: Sequence[str]) -> None:
+    """Raise ``DyRepError`` if a name is not one of :func:`known_operations`."""
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise DyRepError(f'branches must be a list of names, got {names!r}')
+    known = known_operations()
+    for name in names:
+        if name not in known:
+            raise DyRepError(f'unknown branch {name!r}: choose from {", ".join(known)}')
+
+
+def fitting(spec: ConvSpec, names: Sequence[str] | None = None) -> list[str]:
+    """Those of ``names`` (Table 1 by default) that are exact on ``spec``, in order, without
+    ``kxk``."""
+    wanted = OPERATIONS if names is None else names
+    return [
+        name
+        for name in known_operations()
+        if name in wanted and name != ORIGIN and BRANCHES[name].misfit(spec) is None
+    ]
 
 
 class _ConvBranch(Branch):
@@ -136,12 +247,19 @@ class _ConvBranch(Branch):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(sample(crop(x, self.crop), self.step)))
+        return self.bn(self.conv(subsample(crop(x, self.crop), self.step)))
+
+    def multiply_adds(self, size: Pair) -> int:
+        spans = zip(size, self.crop, self.step, strict=True)
+        return multiply_adds_of(
+            self.conv, tuple(-((2 * cut - n) // step) for n, cut, step in spans)
+        )
 
     def stages(self) -> list[tuple[Kernel, _BatchNorm]]:
         return [(kernel_of(self.conv), self.bn)]
 
 
+@register_branch('1x1')
 class Pointwise(_ConvBranch):
     """``1x1``."""
 
@@ -153,30 +271,7 @@ class Pointwise(_ConvBranch):
         return fold_batch(kernel_of(self.conv), self.bn, seen.centre)
 
 
-class _Strip(_ConvBranch):
-    @classmethod
-    def misfit(cls, spec: ConvSpec) -> str | None:
-        if 1 in spec.kernel_size:
-            return f'the kernel {spec.kernel_size} is a strip already'
-        return None
-
-
-class Horizontal(_Strip):
-    """``1xk``."""
-
-    @classmethod
-    def size(cls, spec: ConvSpec) -> Pair:
-        return (1, spec.kernel_size[1])
-
-
-class Vertical(_Strip):
-    """``kx1``."""
-
-    @classmethod
-    def size(cls, spec: ConvSpec) -> Pair:
-        return (spec.kernel_size[0], 1)
-
-
+@register_branch('1x1-kxk')
 class PointwiseSpatial(Branch):
     """``1x1-kxk``: a 1x1 conv, a BN, then a conv of the full kernel size."""
 
@@ -195,7 +290,7 @@ class PointwiseSpatial(Branch):
             groups=spec.groups,
         )
 
-    def open_kernel(self, seen: BlockInput) -> Kernel | None:
+    def inner_kernel(self, seen: BlockInput) -> Kernel | None:
         if not isinstance(self.conv, nn.Conv2d):  # a block that grew in its place
             return None
         first = fold_batch(kernel_of(self.pre), self.pre_bn, seen.padded)
@@ -204,10 +299,15 @@ class PointwiseSpatial(Branch):
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.conv(self.pre_bn(pad(self.pre(x), self.spec.padding))))
 
+    def multiply_adds(self, size: Pair) -> int:
+        padded = tuple(n + 2 * p for n, p in zip(size, self.spec.padding, strict=True))
+        return multiply_adds_of(self.pre, size) + multiply_adds_of(self.conv, padded)
+
     def stages(self) -> list[tuple[Kernel, _BatchNorm]]:
         return [(kernel_of(self.pre), self.pre_bn), (kernel_of(self.conv), self.bn)]
 
 
+@register_branch('1x1-avg')
 class PointwiseAverage(Branch):
     """``1x1-avg``: a 1x1 conv, a BN, then an average pooling; depthwise: the pooling alone."""
 
@@ -254,6 +354,33 @@ class PointwiseAverage(Branch):
         return [(kernel_of(self.pre), self.pre_bn), (self._average(), self.bn)]
 
 
+class _Strip(_ConvBranch):
+    @classmethod
+    def misfit(cls, spec: ConvSpec) -> str | None:
+        if 1 in spec.kernel_size:
+            return f'the kernel {spec.kernel_size} is a strip already'
+        return None
+
+
+@register_branch('1xk')
+class Horizontal(_Strip):
+    """``1xk``."""
+
+    @classmethod
+    def size(cls, spec: ConvSpec) -> Pair:
+        return (1, spec.kernel_size[1])
+
+
+@register_branch('kx1')
+class Vertical(_Strip):
+    """``kx1``."""
+
+    @classmethod
+    def size(cls, spec: ConvSpec) -> Pair:
+        return (spec.kernel_size[0], 1)
+
+
+@register_branch('identity')
 class Identity(Branch):
     """``identity``: the input itself, through a BN."""
 
@@ -276,37 +403,3 @@ class Identity(Branch):
 
     def stages(self) -> list[tuple[Kernel, _BatchNorm]]:
         return [(self._copy(), self.bn)]
-
-
-#: The operation that is the conv itself; every block has it.
-ORIGIN = 'kxk'
-
-
-#: The operations that a block adds to it, in the order in which a block holds them.
-BRANCHES: dict[str, type[Branch]] = {
-    '1x1': Pointwise,
-    '1x1-kxk': PointwiseSpatial,
-    '1x1-avg': PointwiseAverage,
-    '1xk': Horizontal,
-    'kx1': Vertical,
-    'identity': Identity,
-}
-
-
-#: All operations of Table 1.
-OPERATIONS: tuple[str, ...] = (ORIGIN, *BRANCHES)
-
-
-def check_operations(names: Sequence[str]) -> None:
-    """Raise ``DyRepError`` if a name is not one of :data:`OPERATIONS`."""
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise DyRepError(f'branches must be a list of names, got {names!r}')
-    for name in names:
-        if name not in OPERATIONS:
-            raise DyRepError(f'unknown branch {name!r}: choose from {", ".join(OPERATIONS)}')
-
-
-def fitting(spec: ConvSpec, names: Sequence[str] | None = None) -> list[str]:
-    """Those of ``names`` (all by default) that are exact on ``spec``, without ``kxk``."""
-    wanted = OPERATIONS if names is None else names
-    return [n for n, cls in BRANCHES.items() if n in wanted and cls.misfit(spec) is None]

@@ -17,6 +17,21 @@ from dyrep_mm.reparam.kernels import Kernel, average_weight
 Pair = tuple[int, int]
 
 
+def padding_of(conv: nn.Conv2d) -> Pair:
+    """Padding of ``conv`` in rows and columns on each side, of an odd kernel if it is a word."""
+    if conv.padding == 'valid':
+        return (0, 0)
+    if conv.padding == 'same':
+        return tuple(d * (k - 1) // 2 for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
+    return tuple(conv.padding)
+
+
+def output_size(conv: nn.Conv2d, size: Pair) -> Pair:
+    """Height and width of what ``conv`` makes of a map of ``size`` (h, w)."""
+    axes = zip(size, padding_of(conv), conv.dilation, conv.kernel_size, conv.stride, strict=True)
+    return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in axes)
+
+
 @dataclass(frozen=True)
 class ConvSpec:
     """Geometry of a conv, read once; pairs are (vertical, horizontal)."""
@@ -42,18 +57,12 @@ class ConvSpec:
             raise DyRepError('kernel size 1x1 has nothing to add to')
         if any(k % 2 == 0 for k in conv.kernel_size):
             raise DyRepError(f'kernel size {tuple(conv.kernel_size)} is not odd')
-        padding = conv.padding
-        if padding == 'valid':
-            padding = (0, 0)
-        elif padding == 'same':
-            spans = zip(conv.kernel_size, conv.dilation, strict=True)
-            padding = tuple(d * (k - 1) // 2 for k, d in spans)
         return cls(
             conv.in_channels,
             conv.out_channels,
             tuple(conv.kernel_size),
             tuple(conv.stride),
-            tuple(padding),
+            padding_of(conv),
             tuple(conv.dilation),
             conv.groups,
         )
@@ -90,7 +99,7 @@ def crop(x: Tensor, margin: Pair) -> Tensor:
     return x[..., rows : x.shape[-2] - rows, cols : x.shape[-1] - cols]
 
 
-def sample(x: Tensor, step: Pair) -> Tensor:
+def subsample(x: Tensor, step: Pair) -> Tensor:
     """``x`` (..., h, w) at every so many rows and columns, from the first."""
     rows, cols = step
     return x if rows == cols == 1 else x[..., ::rows, ::cols]

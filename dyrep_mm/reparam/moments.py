@@ -18,13 +18,15 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from dyrep_mm.reparam.geometry import ConvSpec, average_pool, crop, pad, sample
+from dyrep_mm.reparam.geometry import ConvSpec, average_pool, crop, pad, subsample
 from dyrep_mm.reparam.kernels import Kernel, fold_bn
 
 
 class _Scatter(torch.autograd.Function):
-    """Mean (channels,) and scatter (groups, c, c) of the channels of a map, ``c`` in a group;
-    of the map itself, nothing else, is the backward made."""
+    """Mean (channels,) and scatter (groups, c, c) of the channels of a map, ``c`` in a group.
+
+    The backward keeps the map and its mean, not the centred copy.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -148,7 +150,7 @@ class BlockInput:
         margin, cut = self.spec.inset((1, 1))
         if margin == cut == (0, 0) and self.spec.stride == (1, 1):
             return self.whole
-        return self._moments(lambda x: sample(pad(crop(x, cut), margin), self.spec.stride))
+        return self._moments(lambda x: subsample(pad(crop(x, cut), margin), self.spec.stride))
 
     @cached_property
     def pooled(self) -> Moments:

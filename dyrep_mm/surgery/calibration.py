@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -24,7 +24,7 @@ class _Reached(Exception):
 @torch.no_grad()
 def calibrate(
     model: nn.Module,
-    blocks: Sequence[Block],
+    blocks: Mapping[str, Block],
     batches: Iterable[Any],
     forward: Callable[[Any], Any],
 ) -> None:
@@ -37,7 +37,7 @@ def calibrate(
 
     Args:
         model: Contains the blocks.
-        blocks: Blocks that were inserted and are not settled.
+        blocks: Blocks that were inserted and are not settled, by path.
         batches: At least one batch.
         forward: Runs the model, or what of it reaches the blocks, on one batch.
 
@@ -47,17 +47,17 @@ def calibrate(
     """
     if not blocks:
         return
-    norms = [n for b in blocks for branch in b.added for n in branch.modules()]
+    norms = [n for b in blocks.values() for branch in b.added for n in branch.modules()]
     norms = [n for n in norms if isinstance(n, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
-    variances: dict[Block, list[Tensor]] = {block: [] for block in blocks}
+    variances: dict[str, list[Tensor]] = {path: [] for path in blocks}
     calls_per_batch = None
     calls = 0
 
-    def on_origin(block: Block) -> Callable:
+    def on_origin(path: str) -> Callable:
         def hook(_module: nn.Module, _args: tuple, output: Tensor) -> None:
             wide = torch.promote_types(output.dtype, torch.float32)
-            variances[block].append(output.to(wide).var((0, 2, 3), unbiased=False))
+            variances[path].append(output.to(wide).var((0, 2, 3), unbiased=False))
 
         return hook
 
@@ -70,8 +70,9 @@ def calibrate(
 
     own = {id(buffer) for norm in norms for buffer in norm.buffers()}
     others = [(buffer, buffer.clone()) for buffer in model.buffers() if id(buffer) not in own]
-    handles = [b.branches[ORIGIN].register_forward_hook(on_origin(b)) for b in blocks]
-    handles += [b.register_forward_hook(on_block) for b in blocks]
+    handles = [block.register_forward_hook(on_block) for block in blocks.values()]
+    for path, block in blocks.items():
+        handles.append(block.branches[ORIGIN].register_forward_hook(on_origin(path)))
     try:
         with modes_kept(model):
             for norm in norms:
@@ -90,15 +91,18 @@ def calibrate(
             norm.momentum = momentum
         for buffer, kept in others:
             buffer.copy_(kept)
-    for block, measured in variances.items():
+    for path, measured in variances.items():
         if not measured:
-            raise DyRepError('calibration never reached a block: no batch, or it is not in use')
-        block.origin_std.copy_(torch.stack(measured).mean(0).sqrt())
+            raise DyRepError(
+                f'calibration never reached {path}: no batch came, or it is not in use'
+            )
+        blocks[path].origin_std.copy_(torch.stack(measured).mean(0).sqrt())
     statistics = [t for norm in norms for t in (norm.running_mean, norm.running_var)]
-    statistics += [block.origin_std for block in blocks]
+    statistics += [block.origin_std for block in blocks.values()]
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         for statistic in statistics:
             dist.all_reduce(statistic)
             statistic.div_(dist.get_world_size())
-    if not all(statistic.isfinite().all() for statistic in statistics):
-        raise DyRepError('calibration met activations that are not finite')
+    for path, block in blocks.items():
+        if not all(t.isfinite().all() for t in block.buffers() if t.is_floating_point()):
+            raise DyRepError(f'calibration of {path} met activations that are not finite')

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.reparam.branches import ORIGIN, fitting
+from dyrep_mm.reparam.branches import OPERATIONS, ORIGIN, fitting
 from dyrep_mm.reparam.geometry import ConvSpec
 from dyrep_mm.surgery.structure import PRESETS, Structure
 from dyrep_mm.surgery.tree import Scope, ancestors, depth_of, get_module, in_scope
@@ -17,33 +17,77 @@ from dyrep_mm.surgery.tree import Scope, ancestors, depth_of, get_module, in_sco
 _CONV_TYPES = {'torch.nn.modules.conv.Conv2d', 'mmcv.cnn.bricks.wrappers.Conv2d'}
 
 
-def survey(model: nn.Module, scope: Scope = None) -> dict[str, str | None]:
-    """Every KxK conv (K > 1) in ``scope``: None if it can grow, else why not."""
-    uses = _uses(model)
+def candidates(
+    model: nn.Module,
+    scope: Scope = None,
+    max_depth: int | None = None,
+    branches: Sequence[str] | None = None,
+) -> Structure:
+    """The convs that can grow, and the operations that each can have, by path.
+
+    Args:
+        model: Plain or with blocks; convs inside blocks are candidates too (section 4.1).
+        scope: Dotted prefix, or several, to look in; everywhere by default.
+        max_depth: How deep the grown blocks may nest; 1 is no nesting.
+        branches: The operations to choose from; those of Table 1 by default.
+    """
     return {
-        path: _obstacle(model, path, module, uses)
-        or (None if module.weight.requires_grad else 'it is frozen')
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Conv2d)
-        and in_scope(path, scope)
-        and module.kernel_size[0] == module.kernel_size[1] > 1
+        path: [ORIGIN, *fits]
+        for path, fits, reason in _verdicts(model, scope, branches)
+        if reason is None and (max_depth is None or depth_of(model, path) < max_depth)
     }
 
 
-def _uses(model: nn.Module) -> Mapping[int, int]:
+def survey(
+    model: nn.Module, scope: Scope = None, branches: Sequence[str] | None = None
+) -> dict[str, str | None]:
+    """Every KxK conv (K > 1) in ``scope``: None if it can grow, else why not."""
+    return {path: reason for path, _, reason in _verdicts(model, scope, branches)}
+
+
+def _verdicts(
+    model: nn.Module, scope: Scope, branches: Sequence[str] | None
+) -> Iterator[tuple[str, list[str], str | None]]:
+    """Path, branches that fit, and what forbids to grow, of every KxK conv in ``scope``."""
+    holders = holders_of(model)
+    for path, module in model.named_modules():
+        if not (isinstance(module, nn.Conv2d) and in_scope(path, scope)):
+            continue
+        if not module.kernel_size[0] == module.kernel_size[1] > 1:
+            continue
+        reason, fits = obstacle(model, path, module, holders), []
+        if reason is None and not module.weight.requires_grad:
+            reason = 'it is frozen'
+        if reason is None:
+            fits = fitting(ConvSpec.of(module), branches)
+            if not fits:
+                reason = f'none of {", ".join(branches or OPERATIONS)} fits it'
+        yield path, fits, reason
+
+
+def holders_of(model: nn.Module) -> Counter[int]:
     """How many modules hold each parameter, by id."""
     modules = model.named_modules(remove_duplicate=False)
     return Counter(id(p) for _, module in modules for p in module._parameters.values())
 
 
-def _obstacle(model: nn.Module, path: str, conv: nn.Conv2d, uses: Mapping[int, int]) -> str | None:
-    """Why no block can stand for the conv at ``path``; None if one can."""
+def obstacle(
+    model: nn.Module, path: str, conv: nn.Conv2d, holders: Mapping[int, int]
+) -> str | None:
+    """Why no block can stand for the conv at ``path``; None if one can.
+
+    Args:
+        model: Contains the conv.
+        path: Of the conv.
+        conv: The conv itself.
+        holders: See :func:`holders_of`.
+    """
     kind = f'{type(conv).__module__}.{type(conv).__qualname__}'
     if kind not in _CONV_TYPES:
         return f'it is a {type(conv).__name__}, which computes more than a conv'
     if 'weight' not in conv._parameters:
         return 'its weight is computed from other parameters'
-    if uses[id(conv.weight)] > 1:
+    if holders[id(conv.weight)] > 1:
         return 'its weight is shared with another module'
     for ancestor in ancestors(model, path):
         if 'DeformConv' in type(ancestor).__name__:
@@ -57,21 +101,6 @@ def _obstacle(model: nn.Module, path: str, conv: nn.Conv2d, uses: Mapping[int, i
     return None
 
 
-def candidates(model: nn.Module, scope: Scope = None, max_depth: int | None = None) -> list[str]:
-    """Paths of the convs that can grow.
-
-    Args:
-        model: Plain or with blocks; convs inside blocks are candidates too (section 4.1).
-        scope: Dotted prefix, or several, to look in; everywhere by default.
-        max_depth: How deep the grown blocks may nest; 1 is no nesting.
-    """
-    return [
-        path
-        for path, obstacle in survey(model, scope).items()
-        if obstacle is None and (max_depth is None or depth_of(model, path) < max_depth)
-    ]
-
-
 def preset(
     model: nn.Module, name: str, kernel_sizes: Iterable[int] = (3,), scope: Scope = None
 ) -> Structure:
@@ -80,9 +109,5 @@ def preset(
     if name not in PRESETS:
         raise DyRepError(f'unknown structure {name!r}: choose from {", ".join(PRESETS)}')
     sizes = {(k, k) for k in kernel_sizes}
-    structure = {}
-    for path in candidates(model, scope, max_depth=1):
-        spec = ConvSpec.of(get_module(model, path))
-        if spec.kernel_size in sizes and (fits := fitting(spec, PRESETS[name])):
-            structure[path] = [ORIGIN, *fits]
-    return structure
+    found = candidates(model, scope, max_depth=1, branches=PRESETS[name])
+    return {p: names for p, names in found.items() if get_module(model, p).kernel_size in sizes}

@@ -13,24 +13,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dyrep_mm.reparam.block import Block
+from dyrep_mm.reparam.block import has_gained_bias, origin_of
 from dyrep_mm.reparam.branches import kernel_of
-from dyrep_mm.surgery.tree import depth_of, get_module, modes_kept, replace
+from dyrep_mm.surgery.structure import altered
+from dyrep_mm.surgery.tree import get_module, modes_kept, replace
 
 
-def _biased(model: nn.Module) -> dict[str, nn.Module]:
-    """What fusing may leave a bias on: outermost blocks, and convs that gained one."""
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if (isinstance(module, Block) or getattr(module, 'gained_bias', False))
-        and depth_of(model, path) == 0
-    }
-
-
-class _Uses(TorchDispatchMode):
-    """Notes which watched tensors are used by anything but a norm, views and in-place changes
-    included."""
+class _OutputWatch(TorchDispatchMode):
+    """Notes which outputs are used by anything but a norm, views and in-place changes included."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +29,7 @@ class _Uses(TorchDispatchMode):
         self.elsewhere: set[str] = set()
         self.in_norm = False
 
-    def watch(self, path: str, output: Tensor) -> None:
+    def note_output(self, path: str, output: Tensor) -> None:
         self.made[output.untyped_storage().data_ptr()] = path
         self.kept.append(output)
 
@@ -69,12 +59,12 @@ def following_norms(
     A path is listed if every output of its module goes into BNs that take nothing else, and
     nowhere but there.
     """
-    uses = _Uses()
+    uses = _OutputWatch()
     taken: dict[_BatchNorm, list[str | None]] = defaultdict(list)
     absorbed: dict[str, set[int]] = defaultdict(set)
 
     def on_output(path: str) -> Callable:
-        return lambda _module, _args, output: uses.watch(path, output)
+        return lambda _module, _args, output: uses.note_output(path, output)
 
     def before_norm(norm: _BatchNorm, args: tuple) -> None:
         uses.in_norm = True
@@ -137,11 +127,11 @@ def fuse(
         forward: How to call the model with ``inputs``.
     """
     fused = copy.deepcopy(model)
-    biased = _biased(fused)
-    norms = {} if inputs is None else following_norms(fused, biased, inputs, forward)
-    for path, module in biased.items():
-        conv = module.origin if isinstance(module, Block) else module
-        had_bias = conv.bias is not None and not getattr(conv, 'gained_bias', False)
+    parts = altered(fused)
+    norms = {} if inputs is None else following_norms(fused, parts, inputs, forward)
+    for path, module in parts.items():
+        conv = origin_of(module)
+        had_bias = conv.bias is not None and not has_gained_bias(conv)
         dtype = conv.weight.dtype
         # In float64, so that the only rounding is that of the result.
         weight, bias = kernel_of(module.to(torch.float64))

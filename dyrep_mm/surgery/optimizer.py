@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from dyrep_mm.reparam.block import Block
-from dyrep_mm.surgery.tree import depth_of, neighbour_norm
+from dyrep_mm.reparam.block import origin_of
+from dyrep_mm.surgery.structure import altered
+from dyrep_mm.surgery.tree import neighbour_norm
 
 
 def donors(model: nn.Module) -> dict[Parameter, list[Parameter]]:
@@ -25,12 +26,8 @@ def donors(model: nn.Module) -> dict[Parameter, list[Parameter]]:
     the BN beside the block.
     """
     result: dict[Parameter, list[Parameter]] = {}
-    for path, module in model.named_modules():
-        gained = getattr(module, 'gained_bias', False)
-        if not (isinstance(module, Block) or gained) or depth_of(model, path):
-            continue
-        origin = module.origin if isinstance(module, Block) else module
-        norm = neighbour_norm(model, path)
+    for path, module in altered(model).items():
+        origin, norm = origin_of(module), neighbour_norm(model, path)
         for name, parameter in module.named_parameters():
             if parameter is origin.weight:
                 continue
@@ -87,8 +84,11 @@ def sync_optimizer(
 
 
 def _start_momentum(optimizer: Optimizer, group: dict[str, Any]) -> None:
-    """Give new parameters a momentum of zero where torch's fused SGD, once it runs, wants one
-    of every parameter; other optimizers start the state of each when it comes."""
+    """Start new parameters at a momentum of zero under torch's fused SGD.
+
+    It expects a momentum buffer for every parameter once it has one; other optimizers start the
+    state of each parameter when it comes.
+    """
     states = [optimizer.state.get(parameter, {}) for parameter in group['params']]
     if group.get('fused') and any(state.get('momentum_buffer') is not None for state in states):
         for parameter in group['params']:

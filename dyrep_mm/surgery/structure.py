@@ -15,8 +15,9 @@ from typing import Any
 from torch import nn
 
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.reparam.block import Block
+from dyrep_mm.reparam.block import Block, has_gained_bias
 from dyrep_mm.reparam.branches import OPERATIONS, ORIGIN, check_operations
+from dyrep_mm.surgery.tree import depth_of
 
 Structure = dict[str, list[str]]
 
@@ -39,15 +40,21 @@ MAX_DEPTH = 16
 
 @dataclass(frozen=True)
 class Plan:
-    """What one update changes.
+    """What one change of structure does, and the evidence it was decided from.
 
     Attributes:
-        grow: Paths of the convs that become blocks.
+        grow: The blocks to make, in the form of a Structure.
         prune: Branches to remove, by path of their block.
+        scores: Every operation that was scored, by path.
+        importances: Eq. 9 for the added branches of every block, by path of the block.
+        remark: A sentence on the evidence that the user should read; None if there is none.
     """
 
-    grow: list[str] = field(default_factory=list)
+    grow: Structure = field(default_factory=dict)
     prune: dict[str, list[str]] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
+    importances: dict[str, dict[str, float]] = field(default_factory=dict)
+    remark: str | None = None
 
 
 def structure_of(model: nn.Module) -> Structure:
@@ -56,9 +63,19 @@ def structure_of(model: nn.Module) -> Structure:
     for path, module in model.named_modules():
         if isinstance(module, Block):
             structure[path] = module.names
-        elif getattr(module, 'gained_bias', False):
+        elif has_gained_bias(module):
             structure[path] = []
     return structure
+
+
+def altered(model: nn.Module) -> dict[str, nn.Module]:
+    """The parts in which ``model`` differs from a plain one, by path: outermost blocks, and convs
+    outside of blocks that gained a bias."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if (isinstance(module, Block) or has_gained_bias(module)) and depth_of(model, path) == 0
+    }
 
 
 def check_structure(structure: Any) -> None:

@@ -85,7 +85,8 @@ def neighbour_norm(model: nn.Module, path: str) -> _BatchNorm | None:
     """The BN beside the conv or block at ``path``: the model for the BNs of its branches.
 
     Among its siblings the next one of as many channels, else an earlier one, else any BN of
-    the model. Nothing that is computed depends on this choice.
+    the model. The norm gives class, ``eps``, ``momentum`` and mode of new norms, and decides their
+    group in the optimizer.
     """
     path = outermost(model, path)
     channels = get_module(model, path).out_channels

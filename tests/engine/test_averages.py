@@ -11,6 +11,7 @@ import dyrep_mm
 from dyrep_mm import grow
 from dyrep_mm.engine.checkpoint import load_checkpoint
 from dyrep_mm.engine.runner import refresh_average
+from dyrep_mm.engine.transaction import Transaction
 from dyrep_mm.errors import DyRepError
 from support.checks import assert_equal_states
 from support.nets import make_net
@@ -56,7 +57,7 @@ def test_every_average_is_here():
 
 @pytest.mark.parametrize('buffers', [False, True], ids=['parameters', 'buffers'])
 @pytest.mark.parametrize('average', AVERAGES, ids=lambda a: '-'.join(map(str, a.values())))
-def test_average_follows(tmp_path, average, buffers):
+def test_average_follows(tmp_path, monkeypatch, average, buffers):
     """At every update the average has the model's shape and computes what it did; between
     updates it is the average that its class defines."""
     if '.' in average['type']:
@@ -65,11 +66,11 @@ def test_average_follows(tmp_path, average, buffers):
     hook |= {key: value for key, value in average.items() if key != 'type'}
     run = runner(tmp_path, [PRUNING, hook], iters=ITERS, every=100)
     jumps, seen = [], []
-    edit = dyrep(run)._edit
+    change = Transaction.change
 
-    def spy(run, plan, structure=None):
+    def spy(transaction, *args):
         before, own = function_of(averaged(run).module), function_of(run.model)
-        edit(run, plan, structure)
+        change(transaction, *args)
         after = function_of(averaged(run).module)
         size = before.abs().max()
         jumps.append(((after - before).abs().max() / size).item())
@@ -92,7 +93,7 @@ def test_average_follows(tmp_path, average, buffers):
             for mine, theirs in zip(module.buffers(), model.buffers(), strict=True):
                 assert torch.equal(mine, theirs)
 
-    dyrep(run)._edit = spy
+    monkeypatch.setattr(Transaction, 'change', spy)
     watch(run, check)
     # An average by hand: what the class makes of the last average and the model.
     last = {}
@@ -121,7 +122,7 @@ def test_average_follows(tmp_path, average, buffers):
     assert len(jumps) == 4
     assert max(jumps) < 1e-5
     assert min(seen) > 1e-4  # the average is another model than the one that trains
-    pruned = [entry['pruned'] for entry in dyrep(run)._record.journal]
+    pruned = [entry.pruned for entry in dyrep(run).journal]
     assert any(pruned)
 
 

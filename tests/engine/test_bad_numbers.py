@@ -10,7 +10,7 @@ from mmengine.hooks import Hook
 
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.evolution.rule import make_plan, weak_branches
-from dyrep_mm.evolution.saliency import NAMES, Saliency
+from dyrep_mm.evolution.saliency import SCORES, make_score
 from dyrep_mm.reparam.block import Block
 from dyrep_mm.surgery.fuse import fuse
 from dyrep_mm.surgery.rewire import grow, prune
@@ -54,20 +54,20 @@ class BadGradient(Hook):
 
 
 @BAD
-@pytest.mark.parametrize('metric', [name for name in NAMES if name != 'random'])
+@pytest.mark.parametrize('metric', [name for name in SCORES if name != 'random'])
 def test_iterations_with_a_bad_gradient_count_nothing(tmp_path, metric, bad):
     run = runner(tmp_path, [{**PRUNING, 'metric': metric}], iters=5)
     run.register_hook(BadGradient('backbone.conv1.weight', bad, at={1}), 'VERY_LOW')
     counts = []
 
     def count(run):
-        counts.append(dyrep(run)._saliency._counts.max().item())
+        counts.append(dyrep(run).rule.score.counts.max().item())
 
     watch(run, count, 'after_train_iter', 'VERY_HIGH')
     run.train()
     assert counts == [1, 1, 1, 2, 1]  # of the second iteration there is none
-    for entry in dyrep(run)._record.journal:
-        assert all(map(math.isfinite, entry['scores'].values()))
+    for entry in dyrep(run).journal:
+        assert all(map(math.isfinite, entry.scores.values()))
     assert all(p.isfinite().all() for p in run.model.parameters())
 
 
@@ -77,8 +77,8 @@ def test_nothing_grows_from_bad_scores(tmp_path, bad):
     run = runner(tmp_path, [FAST], iters=5)
     run.register_hook(BadGradient('backbone.conv1.weight', bad), 'VERY_LOW')
     run.train()
-    journal = dyrep(run)._record.journal
-    assert [entry['grown'] for entry in journal] == [{}, {}]
+    journal = dyrep(run).journal
+    assert [entry.grown for entry in journal] == [{}, {}]
     assert not blocks_of(run.model)
 
 
@@ -117,18 +117,20 @@ def test_a_bad_loss_ends_the_run(tmp_path, bad):
 def test_scores_that_are_not_finite_are_left_out(metric):
     """A score can overflow where its gradients are finite."""
     weights = {name: torch.full((2, 2), 1e30, requires_grad=True) for name in ('a', 'b')}
-    saliency = Saliency(metric, list(weights))
+    score = make_score(metric, weights)
     for name, weight in weights.items():
         weight.grad = torch.full_like(weight, 1e30 if name == 'a' else 1e-30)
-    saliency.gather(weights)
-    assert all(map(math.isfinite, saliency.means().values()))
-    assert saliency._sums.isfinite().all()
+    score.gather()
+    assert all(map(math.isfinite, score.means().values()))
+    assert score.sums.isfinite().all()
 
 
 @BAD
 def test_plan_from_bad_numbers(bad):
-    plan = make_plan({'a': bad, 'b': 1.0, 'c': bad}, {}, grow=2, threshold=0.0)
-    assert plan.grow == ['b']
+    operations = {path: ['kxk', '1x1'] for path in 'abc'}
+    scores = {'a': bad, 'b': 1.0, 'c': bad}
+    plan = make_plan(scores, {}, operations, count=2, threshold=0.0)
+    assert list(plan.grow) == ['b']
     assert weak_branches({'1x1': bad, 'kx1': 1.0, '1xk': 2.0}, 0.0) == []
 
 
@@ -143,7 +145,7 @@ def test_one_branch_is_kept(tmp_path):
     hook = {**PRUNING, 'interval': 1, 'branches': ['1x1'], 'max_depth': 1}
     run = runner(tmp_path, [hook], iters=6)
     run.train()
-    assert not any(entry['pruned'] for entry in dyrep(run)._record.journal)
+    assert not any(entry.pruned for entry in dyrep(run).journal)
     assert len(blocks_of(run.model)) == 4
 
 
@@ -236,7 +238,7 @@ def test_a_branch_that_is_not_finite_is_not_absorbed(tmp_path, bad):
 
     def spoil(run):
         if run.iter == 3:
-            dyrep(run).grow_per_update = 0
+            dyrep(run).rule.grow_per_update = 0
             spoilt.extend(blocks_of(run.model).items())
             for _, block in spoilt:
                 block.branches['1x1'].bn.weight.data[0] = bad
@@ -253,4 +255,4 @@ def test_a_branch_that_is_not_finite_is_not_absorbed(tmp_path, bad):
     with pytest.raises(DyRepError, match='the loss is'):
         run.train()
     assert seen == [True, True]
-    assert not dyrep(run)._record.journal[-1]['pruned']
+    assert not dyrep(run).journal[-1].pruned

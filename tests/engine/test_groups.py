@@ -12,30 +12,28 @@ from mmengine.optim import scheduler
 from mmengine.optim.scheduler.param_scheduler import _ParamScheduler
 from mmengine.registry import MODELS
 
-import dyrep_mm.engine.hook
 from dyrep_mm.engine.runner import unwrap
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.surgery.optimizer import check_optimizer
-from dyrep_mm.surgery.rewire import apply_structure
-from dyrep_mm.surgery.structure import Plan, structure_of
+from dyrep_mm.surgery.rewire import restore
+from dyrep_mm.surgery.structure import structure_of
 from support.checks import assert_same_run
 from support.runs import FAST, PRUNING, TinyClassifier, dyrep, runner, watch
 
 #: Grows, nests, prunes, and prunes a conv without bias back to a plain one, which gains a bias.
-SCRIPT = (
-    Plan(['backbone.conv2', 'backbone.conv1']),
-    Plan(['backbone.conv2.branches.1x1-kxk.conv', 'backbone.dw', 'backbone.conv3']),
-    Plan(['backbone.conv2.branches.kxk'], {'backbone.conv2': ['1xk', '1x1']}),
-    Plan([], {'backbone.conv1': ['1x1', '1x1-kxk', '1x1-avg', '1xk', 'kx1']}),
-)
+SCRIPT = [
+    {'grow': ['backbone.conv2', 'backbone.conv1']},
+    {'grow': ['backbone.conv2.branches.1x1-kxk.conv', 'backbone.dw', 'backbone.conv3']},
+    {'grow': ['backbone.conv2.branches.kxk'], 'prune': {'backbone.conv2': ['1xk', '1x1']}},
+    {'prune': {'backbone.conv1': ['1x1', '1x1-kxk', '1x1-avg', '1xk', 'kx1']}},
+]
 UPDATES, ITERS = 4, 10  # an update after each of the first iterations
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, script: tuple[Plan, ...] = SCRIPT) -> dict:
-    """Make the hook follow a script; returns its settings."""
-    plans = list(script)
-    monkeypatch.setattr(dyrep_mm.engine.hook, 'make_plan', lambda *_args, **_options: plans.pop(0))
-    return {**FAST, 'interval': 1, 'calibration_batches': 1, 'end': len(script)}
+def scripted(script: list[dict] = SCRIPT) -> dict:
+    """Settings of a hook that follows a script."""
+    hook = {**FAST, 'type': 'ScriptedDyRepHook', 'script': script}
+    return {**hook, 'interval': 1, 'calibration_batches': 1, 'end': len(script)}
 
 
 def options_of(run) -> dict[str, dict]:
@@ -47,10 +45,10 @@ def options_of(run) -> dict[str, dict]:
     return names
 
 
-def histories(tmp_path: Path, monkeypatch, hook: dict | None = None, **settings):
+def histories(tmp_path: Path, hook: dict | None = None, **settings):
     """Options by parameter after every iteration: of a run with the hook, and of a run without
     it whose model is built in the final shape."""
-    hook = hook or scripted(monkeypatch)
+    hook = hook or scripted()
     evolved = runner(tmp_path / 'evolved', [hook], iters=ITERS, every=100, **settings)
     model = settings.pop('model', {'type': 'TinyClassifier'})
     history, expected = [], []
@@ -58,7 +56,7 @@ def histories(tmp_path: Path, monkeypatch, hook: dict | None = None, **settings)
     watch(evolved, lambda run: check_optimizer(run.optim_wrapper.optimizer, run.model))
     evolved.train()
     final = MODELS.build(model)
-    apply_structure(final, structure_of(evolved.model))
+    restore(final, structure_of(evolved.model))
     oracle = runner(tmp_path / 'oracle', iters=ITERS, every=100, model=final, **settings)
     watch(oracle, lambda run: expected.append(options_of(run)))
     oracle.train()
@@ -122,7 +120,7 @@ def test_every_scheduler_is_here():
 
 @pytest.mark.parametrize('groups', ['one', 'many'])
 @pytest.mark.parametrize('name', SCHEDULERS)
-def test_new_parameters_follow_the_schedule(tmp_path, monkeypatch, name, groups):
+def test_new_parameters_follow_the_schedule(tmp_path, name, groups):
     # Momentum schedulers write `betas` of an optimizer that has them.
     optimizer = ADAM if groups == 'many' else SGD
     settings = {
@@ -137,7 +135,7 @@ def test_new_parameters_follow_the_schedule(tmp_path, monkeypatch, name, groups)
     }
     if name == 'ReduceOnPlateau':
         settings['val'] = 2
-    history, expected = histories(tmp_path, monkeypatch, **settings)
+    history, expected = histories(tmp_path, **settings)
     assert_as_expected(history, expected)
     keys = ['lr', 'betas' if optimizer is ADAM else 'momentum'][: len(TYPES[name])]
     for parameter in ('backbone.conv2.branches.kx1.conv.weight', 'backbone.conv1.bias'):
@@ -150,7 +148,7 @@ def test_new_parameters_follow_the_schedule(tmp_path, monkeypatch, name, groups)
     assert len(lrs) == (2 if groups == 'many' and name != 'OneCycle' else 1)
 
 
-def test_schedulers_in_a_row(tmp_path, monkeypatch):
+def test_schedulers_in_a_row(tmp_path):
     """Warm-up, then cosine, with a momentum schedule beside them; the warm-up ends between
     two updates."""
     schedule = [
@@ -159,18 +157,15 @@ def test_schedulers_in_a_row(tmp_path, monkeypatch):
         {'type': 'CosineAnnealingMomentum', 'by_epoch': False, 'T_max': ITERS, 'eta_min': 0.5},
     ]
     wrapper = {'optimizer': SGD, 'paramwise_cfg': PARAMWISE}
-    history, expected = histories(
-        tmp_path, monkeypatch, optim_wrapper=wrapper, param_scheduler=schedule
-    )
+    history, expected = histories(tmp_path, optim_wrapper=wrapper, param_scheduler=schedule)
     assert_as_expected(history, expected)
     assert len({now['head.weight']['lr'] for now in history}) >= ITERS - 2
 
 
-def test_scaled_lr(tmp_path, monkeypatch):
+def test_scaled_lr(tmp_path):
     """Automatic scaling changes the lr of the groups after the constructor."""
     history, expected = histories(
         tmp_path,
-        monkeypatch,
         optim_wrapper={'optimizer': SGD, 'paramwise_cfg': PARAMWISE},
         auto_scale_lr={'enable': True, 'base_batch_size': 16},
     )
@@ -202,14 +197,14 @@ LAYERWISE['constructor'] = 'mmpretrain.LearningRateDecayOptimWrapperConstructor'
     ],
     ids=['norm', 'bias', 'dwconv', 'flat', 'all', 'stage', 'bn', 'conv', 'exact', 'layerwise'],
 )
-def test_new_parameters_have_what_the_config_gives_them(tmp_path, monkeypatch, optim_wrapper):
-    history, expected = histories(tmp_path, monkeypatch, optim_wrapper=optim_wrapper)
+def test_new_parameters_have_what_the_config_gives_them(tmp_path, optim_wrapper):
+    history, expected = histories(tmp_path, optim_wrapper=optim_wrapper)
     assert_as_expected(history, expected)
     assert len({str(options) for options in history[-1].values()}) > 1
 
 
 @pytest.mark.parametrize('at', [2, 3, 6])
-def test_layout_on_resume(tmp_path, monkeypatch, at):
+def test_layout_on_resume(tmp_path, at):
     """Torch restores state by position: the groups that a resume builds at once, from the
     structure, are those that grew one by one."""
     settings = {
@@ -217,10 +212,10 @@ def test_layout_on_resume(tmp_path, monkeypatch, at):
         'param_scheduler': {'type': 'CosineAnnealingLR', 'by_epoch': False, 'T_max': ITERS},
         'iters': ITERS,
     }
-    whole = runner(tmp_path, [scripted(monkeypatch)], **settings)
+    whole = runner(tmp_path, [scripted()], **settings)
     whole.train()
     assert structure_of(whole.model)['backbone.conv1'] == []
-    hook = scripted(monkeypatch, SCRIPT[at:])
+    hook = scripted(SCRIPT[at:])
     file = str(tmp_path / f'iter_{at}.pth')
     again = runner(
         tmp_path / 'again', [{**hook, 'end': len(SCRIPT)}], **settings, load_from=file, resume=True
@@ -229,7 +224,7 @@ def test_layout_on_resume(tmp_path, monkeypatch, at):
     assert_same_run(whole, again)
 
 
-def test_layer_decay_of_mmdet(tmp_path, monkeypatch):
+def test_layer_decay_of_mmdet(tmp_path):
     """One group for each layer, which names its parameters."""
     from mmpretrain.models.backbones import ConvNeXt
 
@@ -245,7 +240,8 @@ def test_layer_decay_of_mmdet(tmp_path, monkeypatch):
             self.backbone = LastOfConvNeXt(arch, stem_patch_size=2, gap_before_final_norm=False)
 
     paths = [f'backbone.stages.{i}.0.depthwise_conv' for i in range(4)]
-    script = (Plan(paths[:2]), Plan([paths[3], f'{paths[0]}.branches.kxk']), Plan(paths[2:3]))
+    steps = paths[:2], [paths[3], f'{paths[0]}.branches.kxk'], paths[2:3]
+    script = [{'grow': step} for step in steps]
     constructor = 'mmdet.LearningRateDecayOptimizerConstructor'
     optim_wrapper = {
         'optimizer': ADAM,
@@ -254,8 +250,7 @@ def test_layer_decay_of_mmdet(tmp_path, monkeypatch):
     }
     history, expected = histories(
         tmp_path,
-        monkeypatch,
-        hook=scripted(monkeypatch, script),
+        hook=scripted(script),
         model={'type': 'TinyConvNeXt'},
         optim_wrapper=optim_wrapper,
         size=32,
@@ -263,9 +258,9 @@ def test_layer_decay_of_mmdet(tmp_path, monkeypatch):
     assert_as_expected(history, expected, since=3)
 
 
-def test_names_beside_parameters_follow(tmp_path, monkeypatch):
+def test_names_beside_parameters_follow(tmp_path):
     """Torch keeps the names it was given and saves them."""
-    run = runner(tmp_path, [scripted(monkeypatch)], iters=ITERS)
+    run = runner(tmp_path, [scripted()], iters=ITERS)
     optimizer = run.build_optim_wrapper(run.optim_wrapper)
     optimizer.optimizer = torch.optim.SGD(run.model.named_parameters(), 0.01)
     run.optim_wrapper = optimizer
@@ -327,7 +322,7 @@ def test_state_survives(tmp_path, optimizer):
     watch(run, before, 'after_train_iter', 'VERY_HIGH')
     watch(run, after)
     run.train()
-    assert len(dyrep(run)._record.journal) == 4
+    assert len(dyrep(run).journal) == 4
     assert any(seen)  # something was pruned
     run.optim_wrapper.state_dict()
 

@@ -14,10 +14,11 @@ import dyrep_mm
 from dyrep_mm import DyRepHook
 from dyrep_mm.engine.checkpoint import load_checkpoint
 from dyrep_mm.errors import DyRepError
+from dyrep_mm.evolution.record import Record
 from dyrep_mm.surgery.optimizer import check_optimizer
 from dyrep_mm.surgery.tree import blocks_of
 from support.checks import assert_equal_states
-from support.runs import PRUNING, resnet_config, resnet_runner
+from support.runs import PRUNING, resnet_config, resnet_runner, updates
 
 HOOK = {**PRUNING, 'interval': 3}
 
@@ -58,10 +59,12 @@ def test_grows_prunes_and_tells(tmp_path, unit):
     said = saved['meta']['dyrep_mm']
     assert said['structure'] == dyrep_mm.structure_of(run.model) != {}
     unit_name = 'iteration' if 'iters' in unit else 'epoch'
-    times = [entry[unit_name] for entry in said['journal']]
+    entries = Record.from_checkpoint(saved).journal
+    assert {entry.unit for entry in entries} == {unit_name}
+    times = [entry.at for entry in entries]
     assert times == ([3, 6, 9, 12, 15] if 'iters' in unit else [1, 2, 3])
-    assert all(len(entry['grown']) == 1 for entry in said['journal'])
-    assert any(entry['pruned'] for entry in said['journal'])
+    assert all(len(entry.grown) == 1 for entry in entries)
+    assert any(entry.pruned for entry in entries)
 
 
 def test_nothing_but_the_model_changes(tmp_path):
@@ -148,8 +151,7 @@ def test_momentum_of_the_conv_survives_an_update(tmp_path):
 def test_ends_when_told(tmp_path):
     run = resnet_runner(tmp_path, hook={**HOOK, 'end': 6}, iters=12)
     run.train()
-    journal = load_checkpoint(tmp_path / 'epoch_1.pth')['meta']['dyrep_mm']['journal']
-    assert [entry['iteration'] for entry in journal] == [3, 6]
+    assert updates(tmp_path / 'epoch_1.pth') == [3, 6]
 
 
 @pytest.mark.parametrize('structure', ['dbb', 'repvgg', 'file', 'checkpoint'])
@@ -192,7 +194,7 @@ def test_gradient_accumulation_scores_complete_gradients(tmp_path):
     update = dyrep.update
 
     def spy(run, now):
-        counts.append((now, dyrep._saliency._counts.unique().tolist()))
+        counts.append((now, dyrep.rule.score.counts.unique().tolist()))
         return update(run, now)
 
     dyrep.update = spy
@@ -267,6 +269,10 @@ def test_options_without_meaning(options, word):
         ({'interval': 8}, 'never reached'),
         ({'interval': 1, 'by_epoch': True}, 'by_epoch'),
         ({'interval': 3, 'scope': 'head'}, 'can grow'),
+        (
+            {'interval': 3, 'scope': 'backbone.conv1', 'branches': ['identity']},
+            'none of identity fits it',
+        ),
         ({'interval': None, 'structure': 'nonsense.json'}, 'nonsense.json'),
         ({'interval': None, 'structure': 'nonsense.pth'}, 'nonsense.pth'),
         ({'interval': None, 'structure': {'backbone.layer9': ['kxk', '1x1']}}, 'layer9'),

@@ -1,4 +1,4 @@
-"""A run that is killed and resumed, again and again, is the run that never was.
+"""A run that is killed and resumed, again and again, is the run that was never killed.
 
 ``DYREP_KILLS`` sets how many kills the slow test makes; ``make soak`` runs it with more.
 """
@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from dyrep_mm.engine.checkpoint import is_whole, latest_checkpoint, load_checkpoint
+from support.checks import assert_equal_data
 from support.processes import start_worker
 
 KILLS = int(os.environ.get('DYREP_KILLS', '20'))
@@ -42,25 +43,6 @@ def kill(process: subprocess.Popen) -> bool:
     return process.returncode != 0
 
 
-def compare(expected: dict, actual: dict, path: str = '') -> int:
-    """Assert that all that two checkpoints hold of a run is the same; counts tensors."""
-    assert type(expected) is type(actual), path
-    if isinstance(expected, torch.Tensor):
-        assert expected.dtype == actual.dtype, path
-        assert torch.equal(expected, actual), path
-        return 1
-    if isinstance(expected, dict):
-        assert list(expected) == list(actual), path
-        pairs = [(f'{path}.{key}', value, actual[key]) for key, value in expected.items()]
-    elif isinstance(expected, (list, tuple)):
-        assert len(expected) == len(actual), path
-        pairs = [(f'{path}.{i}', *pair) for i, pair in enumerate(zip(expected, actual))]  # noqa: B905
-    else:
-        assert expected == actual, path
-        return 0
-    return sum(compare(first, second, name) for name, first, second in pairs)
-
-
 def content(path: Path) -> dict:
     """Weights, averages, optimizer, structure, journal and scores of a checkpoint."""
     saved = load_checkpoint(path)
@@ -83,7 +65,7 @@ def assert_never_killed(work_dir: Path, whole: Path, kind: str) -> int:
     expected, actual = content(whole / LAST[kind]), content(work_dir / LAST[kind])
     assert expected['meta']['dyrep_mm']['structure']
     assert expected['dyrep_mm']['updates'] >= 5
-    return compare(expected, actual)
+    return assert_equal_data(expected, actual)
 
 
 @pytest.mark.parametrize('kind', LAST)

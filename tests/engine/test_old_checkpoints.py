@@ -19,8 +19,9 @@ from mmengine.runner import Runner
 from dyrep_mm import expand, structure_of
 from dyrep_mm.engine.checkpoint import load_checkpoint
 from dyrep_mm.engine.converter import fuse_checkpoint
+from dyrep_mm.evolution.record import Entry
 from support.checks import assert_equal_states
-from support.runs import Images, TinyClassifier, watch
+from support.runs import Images, TinyClassifier, journal, watch
 
 # The name that their configs have for it.
 DATASETS.register_module(name='TinyImages', module=Images, force=True)
@@ -39,15 +40,9 @@ def stored(name: str) -> Path:
     return DATA / f'{name}.pth'
 
 
-def journal(file: str | Path) -> list[dict[str, Any]]:
-    """The journal that a checkpoint holds, as version 0.1.0 wrote it."""
-    return load_checkpoint(file)['meta']['dyrep_mm']['journal']
-
-
-def changes(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def changes(entries: list[Entry]) -> list[tuple]:
     """What each update did, without numbers that rounding may change."""
-    kept = ('update', 'iteration', 'epoch', 'grown', 'pruned')
-    return [{key: entry[key] for key in kept if key in entry} for entry in entries]
+    return [(e.update, e.unit, e.at, e.grown, e.pruned) for e in entries]
 
 
 def build(name: str, work_dir: Path, **more: Any) -> Runner:
@@ -112,15 +107,16 @@ def test_resumes(tmp_path, name):
     assert run.iter == run.max_iters
     assert not [line for line in said if 'starts without its scores' in line]
 
-    now, before = journal((tmp_path / 'last_checkpoint').read_text()), expected['journal']
+    now = journal(Path((tmp_path / 'last_checkpoint').read_text()))
+    before = [Entry.from_data(entry) for entry in expected['journal']]
     assert changes(now[: len(before)]) == changes(before)
     # The scores of half an interval are in the first update after it.
     first, then = now[len(before)], expected['next']
-    assert first['update'] == then['update']
+    assert first.update == then['update']
     if then['scores']:
-        assert changes([first]) == changes([then])
+        assert changes([first]) == changes([Entry.from_data(then)])
         for path, score in then['scores'].items():
-            assert first['scores'][path] == pytest.approx(score, rel=1e-3)
+            assert first.scores[path] == pytest.approx(score, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +137,7 @@ def test_starts_a_new_run(tmp_path, name, config_of):
     run.train()
     assert begun == [0]
     assert run.iter == run.max_iters
-    assert journal((tmp_path / 'last_checkpoint').read_text())[0]['update'] == 1
+    assert journal(Path((tmp_path / 'last_checkpoint').read_text()))[0].update == 1
 
 
 @pytest.mark.parametrize('name', EXPECTED)

@@ -56,7 +56,7 @@ def test_the_scale_of_the_loss_does_not_matter(tmp_path, optimizer, count, clip)
         watch(run, lambda run: check_optimizer(run.optim_wrapper.optimizer, run.model))
         run.train()
         runs.append(run)
-    assert len(dyrep(runs[0])._record.journal) == 4
+    assert len(dyrep(runs[0]).journal) == 4
     assert_same_run(*runs)
 
 
@@ -88,7 +88,7 @@ def test_an_iteration_that_overflows_counts_nothing(tmp_path, optimizer, count, 
     history = []
 
     def look(run):
-        state = dyrep(run)._saliency.state_dict()
+        state = dyrep(run).rule.state_dict()
         weights = [p.detach().clone() for p in run.model.parameters()]
         history.append((state, weights, run.optim_wrapper.loss_scaler.get_scale()))
         if len(history) == 6:
@@ -135,14 +135,14 @@ def test_scores_are_of_the_complete_gradient(tmp_path, count, clip):
                 norm = torch.stack([g.norm() for g in self.grads.values()]).norm().item()
                 factor = min(1.0, clip['max_norm'] / norm) if clip else 1.0
                 assert not clip or factor < 1
-                for path in dyrep(runner)._saliency.paths:
+                for path in dyrep(runner).rule.operations:
                     weight, grad = get_module(model, path).weight, self.grads[f'{path}.weight']
                     score = (weight * grad * factor).abs().sum().item()
                     expected.setdefault(path, []).append(score)
                 self.grads = {}
 
         def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-            state = dyrep(runner)._saliency.state_dict()
+            state = dyrep(runner).rule.state_dict()
             assert set(state['counts'].tolist()) == {(runner.iter + 1) // count}
             sums.append(state['sums'][0])
             if runner.iter == 5:

@@ -17,10 +17,10 @@ from torch import nn
 
 import dyrep_mm
 from dyrep_mm.engine.checkpoint import load_checkpoint
-from dyrep_mm.engine.pretrained import DyRepPretrained, starts_in
+from dyrep_mm.engine.pretrained import DyRepPretrained, handovers_in
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.surgery.optimizer import check_optimizer
-from dyrep_mm.surgery.rewire import apply_structure
+from dyrep_mm.surgery.rewire import restore
 from dyrep_mm.surgery.structure import structure_of
 from dyrep_mm.surgery.tree import blocks_of
 from support.checks import assert_same
@@ -95,7 +95,7 @@ def test_starts_with_structure_and_weights(tmp_path, library):
     assert structure_of(model.backbone) == structure_of(source)
     same_features(model.backbone, source)
     check_optimizer(began.optim_wrapper.optimizer, model)
-    assert not starts_in(model)
+    assert not handovers_in(model)
 
 
 def test_zero_init_of_residuals_does_not_reach_what_was_loaded(tmp_path):
@@ -238,8 +238,8 @@ def test_the_module_is_untouched_until_the_hook_comes(tmp_path):
     assert module.state_dict().keys() == before.keys()
     with pytest.raises(DyRepError, match='DyRepHook'):
         module(torch.randn(1, 3, 32, 32))
-    found = starts_in(module)['']
-    apply_structure(module, found.structure)
+    found = handovers_in(module)['']
+    restore(module, found.structure)
     module.load_state_dict(found.state)
-    found.done(module)
+    found.finish(module)
     module(torch.randn(2, 3, 64, 64))

@@ -36,9 +36,9 @@ def test_resumed_with_other_settings(tmp_path, made):
     run.train()
     assert updates(tmp_path / 'iter_9.pth') == [2, 4, 6]
     entry = journal(tmp_path / 'iter_9.pth')[-1]
-    assert list(entry['grown'].values()) == [['kxk', '1x1']]
-    assert not entry['pruned']
-    assert structure_of(run.model) == {**grown, **entry['grown']}
+    assert list(entry.grown.values()) == [['kxk', '1x1']]
+    assert not entry.pruned
+    assert structure_of(run.model) == {**grown, **entry.grown}
 
 
 def test_resumed_with_an_interval_of_none(tmp_path, made):
@@ -59,7 +59,7 @@ def test_resumed_with_another_unit(tmp_path, made):
     assert updates(file) == [2, 4, 6, 8]
     runner(tmp_path, [hook], epochs=5, load_from=str(file), resume=True).train()
     entries = journal(tmp_path / 'epoch_5.pth')
-    assert [entry.get('iteration', -entry.get('epoch', 0)) for entry in entries] == [
+    assert [entry.at if entry.unit == 'iteration' else -entry.at for entry in entries] == [
         2, 4, 6, 8, -3, -4,
     ]  # fmt: skip
 
@@ -98,7 +98,7 @@ def test_loaded_not_resumed(tmp_path, made, file, start):
     run.train()
     assert seen == [structure or start or {}]
     assert updates(tmp_path / 'iter_5.pth') == [2, 4]
-    assert journal(tmp_path / 'iter_5.pth')[0]['update'] == 1
+    assert journal(tmp_path / 'iter_5.pth')[0].update == 1
 
 
 def test_other_metric_or_scope_drops_the_scores(tmp_path, made):
@@ -120,7 +120,7 @@ def test_other_metric_or_scope_drops_the_scores(tmp_path, made):
 def test_no_update_after_the_end(tmp_path, end, expected):
     run = runner(tmp_path, [{**PRUNING, 'end': end}], iters=9)
     gathered = []
-    watch(run, lambda run: gathered.append(dyrep(run)._saliency._counts.max().item()))
+    watch(run, lambda run: gathered.append(dyrep(run).rule.score.counts.max().item()))
     run.train()
     assert updates(tmp_path / 'iter_9.pth') == expected
     assert not any(gathered[end + 1 :])  # nothing is scored for no use

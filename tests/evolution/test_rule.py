@@ -12,7 +12,12 @@ from dyrep_mm.surgery.structure import Plan
 
 
 def plan(scores=None, importances=None, grow=1, threshold=0.02):
-    return make_plan(scores or {}, importances or {}, grow=grow, threshold=threshold)
+    scores, importances = scores or {}, importances or {}
+    operations = {path: ['kxk', '1x1'] for path in scores}
+    made = make_plan(scores, importances, operations, count=grow, threshold=threshold)
+    assert all(names == ['kxk', '1x1'] for names in made.grow.values())
+    assert (made.scores, made.importances) == (scores, importances)
+    return Plan(list(made.grow), made.prune)
 
 
 SCORES = {'a': 0.1, 'b': 3.0, 'c': -5.0, 'd': 2.0}

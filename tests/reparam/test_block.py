@@ -81,7 +81,7 @@ def train_pass(block, x, forward):
 
 def assert_trains_like_its_branches(block, x):
     twin = copy.deepcopy(block)
-    assert block._may_merge(x)
+    assert block.may_merge(x)
     values = train_pass(block, x, lambda block, x: block(x))
     references = train_pass(twin, x, branchwise)
     size = max(reference.abs().max() for reference in references)
@@ -138,7 +138,7 @@ def test_train_mode_in_single_precision():
     block, x = make_block(make_conv(channels=(32, 32, 1))).train(), torch.randn(2, 32, 20, 20)
     exact = branchwise(copy.deepcopy(block), x.double()).detach()
     single = copy.deepcopy(block).float()
-    assert single._may_merge(x)
+    assert single.may_merge(x)
     error = (single(x) - exact).abs().max()
     reference = (branchwise(copy.deepcopy(block).float(), x) - exact).abs().max()
     assert error <= 3 * reference

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,26 @@ def assert_equal_states(first: dict, second: dict) -> None:
         assert torch.equal(tensor, second[name]), name
 
 
+def assert_equal_data(expected: Any, actual: Any, path: str = '') -> int:
+    """Nested plain data are the same, bit for bit; returns how many tensors were compared."""
+    assert type(expected) is type(actual), path
+    if isinstance(expected, Tensor):
+        assert expected.dtype == actual.dtype, path
+        assert torch.equal(expected, actual), path
+        return 1
+    if isinstance(expected, dict):
+        assert list(expected) == list(actual), path
+        pairs = [(f'{path}.{key}', value, actual[key]) for key, value in expected.items()]
+    elif isinstance(expected, (list, tuple)):
+        assert len(expected) == len(actual), path
+        both = zip(expected, actual, strict=True)
+        pairs = [(f'{path}.{i}', *pair) for i, pair in enumerate(both)]
+    else:
+        assert expected == actual, path
+        return 0
+    return sum(assert_equal_data(first, second, name) for name, first, second in pairs)
+
+
 def assert_untouched(
     model: nn.Module, state: dict[str, Tensor], types: dict[str, type], skip: Iterable[str] = ()
 ) -> None:
@@ -50,19 +70,7 @@ def assert_same_run(first: Runner, second: Runner) -> None:
     from support.runs import dyrep  # here: the other checks need torch alone
 
     assert_equal_states(first.model.state_dict(), second.model.state_dict())
-    records = [dyrep(run)._record for run in (first, second)]
-    assert records[0].journal == records[1].journal
-    states = [dyrep(run)._saliency.state_dict() for run in (first, second)]
-    assert states[0]['paths'] == states[1]['paths']
-    assert all(torch.equal(states[0][key], states[1][key]) for key in ('sums', 'counts'))
-    kept, other = (run.optim_wrapper.optimizer.state_dict() for run in (first, second))
-    assert kept['param_groups'] == other['param_groups']
-    assert kept['state'].keys() == other['state'].keys()
-    for key, state in kept['state'].items():
-        for name, value in state.items():
-            same = (
-                torch.equal(value, other['state'][key][name])
-                if torch.is_tensor(value)
-                else (value == other['state'][key][name])
-            )
-            assert same, (key, name)
+    hooks = [dyrep(run) for run in (first, second)]
+    assert hooks[0].journal == hooks[1].journal
+    assert_equal_data(*(hook.rule.state_dict() for hook in hooks))
+    assert_equal_data(*(run.optim_wrapper.optimizer.state_dict() for run in (first, second)))

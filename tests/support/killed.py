@@ -11,7 +11,8 @@ from pathlib import Path
 
 from mmengine.fileio import LocalBackend
 
-from support.runs import PRUNING, dyrep, runner, watch
+from dyrep_mm.engine.transaction import Transaction
+from support.runs import PRUNING, runner, watch
 
 PIECES = 8
 #: What a run of each kind is made of.
@@ -52,15 +53,15 @@ def main() -> None:
     watch(run, lambda run: print('iteration', run.iter, flush=True))
     if slow:
         LocalBackend.put = write_slowly
-        edit = dyrep(run)._edit
+        change = Transaction.change
 
-        def edit_slowly(*args):
+        def change_slowly(*args):
             time.sleep(0.05)
             print('edits', flush=True)
-            edit(*args)
+            change(*args)
             time.sleep(0.05)
 
-        dyrep(run)._edit = edit_slowly
+        Transaction.change = change_slowly
     run.train()
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mmengine.hooks import EMAHook, Hook
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import dyrep_mm
-from dyrep_mm.engine import hook as engine_hook
+from dyrep_mm.engine import transaction
 from dyrep_mm.engine.runner import unwrap
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.surgery.optimizer import check_optimizer
@@ -88,8 +89,8 @@ def train(folder: Path, hooks: list[dict] | None = None, **more) -> dict:
 
 def finish(report: dict) -> dict:
     report.pop('call')()
-    journal = dyrep(report.pop('run'))._record.journal
-    return {**report, 'journal': journal}
+    journal = dyrep(report.pop('run')).journal
+    return {**report, 'journal': [asdict(entry) for entry in journal]}
 
 
 def case_average(folder: Path, rank: int) -> dict:
@@ -102,36 +103,36 @@ def case_seeds(folder: Path, rank: int) -> dict:
     looked at before it: new branches must be the same already."""
     hooks = [{**PRUNING, 'metric': 'random', 'prune': False}]
     report = train(folder, hooks, randomness={'seed': 3, 'diff_rank_seed': True})
-    report['unwrapped'], rewrap = [], engine_hook.rewrap
+    report['unwrapped'], rewrap = [], transaction.rewrap
 
     def spy(run):
         report['unwrapped'].append(digest(dict(unwrap(run.model).named_parameters())))
         rewrap(run)
 
-    engine_hook.rewrap = spy
+    transaction.rewrap = spy
     report['own'] = report['run'].seed
     try:
         return finish(report)
     finally:
-        engine_hook.rewrap = rewrap
+        transaction.rewrap = rewrap
 
 
 def case_scores(folder: Path, rank: int) -> dict:
     """Ranks that disagree on scores and importances follow rank 0."""
     report = train(folder)
-    hook = dyrep(report['run'])
-    watch_ = hook._watch
+    rule = dyrep(report['run']).rule
+    watch = rule.watch
 
-    def watch_and_disagree(run):
-        watch_(run)
-        if hook._saliency is not None:
-            means = hook._saliency.means
-            hook._saliency.means = lambda generator: {
+    def watch_and_disagree(model):
+        watch(model)
+        if rule.score is not None:
+            means = rule.score.means
+            rule.score.means = lambda generator: {
                 path: score + (i if rank == 0 else -i)
                 for i, (path, score) in enumerate(means(generator).items())
             }
 
-    hook._watch = watch_and_disagree
+    rule.watch = watch_and_disagree
     return finish(report)
 
 

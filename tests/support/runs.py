@@ -16,13 +16,16 @@ from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel, BaseModule
-from mmengine.registry import DATASETS, METRICS, MODELS
+from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dyrep_mm import DyRepHook
 from dyrep_mm.engine.checkpoint import load_checkpoint
+from dyrep_mm.evolution.record import Entry, Record
+from dyrep_mm.surgery.candidates import candidates
+from dyrep_mm.surgery.structure import Plan
 
 _NUMBERS = count()  # mmengine keeps one logger for each name
 
@@ -249,6 +252,47 @@ def resnet_runner(work_dir: Path, **settings) -> Runner:
     return Runner.from_cfg(resnet_config(work_dir, **settings))
 
 
+class Script:
+    """A rule that does what it is told.
+
+    Args:
+        steps: For each update ``grow``, paths of convs that get every operation, and ``prune``,
+            branches by path of their block.
+    """
+
+    def __init__(self, steps: list[dict]):
+        self.steps = list(steps)
+
+    def watch(self, model: nn.Module) -> None:
+        pass
+
+    def observe(self, optimizer: torch.optim.Optimizer) -> None:
+        pass
+
+    def decide(self, model: nn.Module, generator: torch.Generator) -> Plan:
+        step, able = self.steps.pop(0), candidates(model)
+        grow = {path: list(able[path]) for path in step.get('grow', ())}
+        return Plan(grow, {path: list(names) for path, names in step.get('prune', {}).items()})
+
+    def state_dict(self) -> None:
+        return None
+
+    def load_state_dict(self, state: dict) -> bool:
+        return True
+
+
+@HOOKS.register_module(force=True)
+class ScriptedDyRepHook(DyRepHook):
+    """The hook with a :class:`Script` for a rule."""
+
+    def __init__(self, script: list[dict], **options: Any):
+        self.script = script
+        super().__init__(**options)
+
+    def make_rule(self) -> Script:
+        return Script(self.script)
+
+
 def dyrep(run: Runner) -> DyRepHook:
     """The hook of a runner."""
     (hook,) = (h for h in run.hooks if isinstance(h, DyRepHook))
@@ -280,11 +324,13 @@ def watch(run: Runner, call: Callable[[Runner], Any], *moment: str) -> None:
     run.register_hook(hook, hook.priority)
 
 
-def journal(file: Path) -> list[dict]:
+def journal(file: Path) -> list[Entry]:
     """The updates that a checkpoint tells of."""
-    return load_checkpoint(file)['meta']['dyrep_mm']['journal']
+    return Record.from_checkpoint(load_checkpoint(file)).journal
 
 
 def updates(file: Path, unit: str = 'iteration') -> list[int]:
-    """When they were."""
-    return [entry[unit] for entry in journal(file)]
+    """When they were, all in one unit."""
+    entries = journal(file)
+    assert {entry.unit for entry in entries} <= {unit}
+    return [entry.at for entry in entries]

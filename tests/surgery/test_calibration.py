@@ -12,8 +12,8 @@ from dyrep_mm.errors import DyRepError
 from dyrep_mm.reparam.branches import BRANCHES
 from dyrep_mm.surgery.calibration import calibrate
 from dyrep_mm.surgery.optimizer import check_optimizer, sync_optimizer
-from dyrep_mm.surgery.rewire import apply_structure, insert
-from dyrep_mm.surgery.tree import get_module
+from dyrep_mm.surgery.rewire import insert, rewire
+from dyrep_mm.surgery.tree import blocks_of, get_module
 from support.checks import assert_same
 from support.nets import SETS, image, make_net, norms_of, output_of, randomise, snapshot
 
@@ -44,8 +44,8 @@ def normalised(y, eps=1e-5):
 def test_equals_a_plain_loop():
     """Every statistic, computed with nothing but functional calls."""
     model, data = make_net(), batches()
-    block = insert(model, 'stem')  # the input of the block is the batch itself
-    calibrate(model, [block], data, model)
+    block = insert(model, {'stem': None})['stem']  # the input of the block is the batch itself
+    calibrate(model, blocks_of(model), data, model)
     b = block.branches
 
     def pad(x):
@@ -83,10 +83,10 @@ def test_equals_a_plain_loop():
 def test_importance_is_relative_to_the_output():
     """A branch that starts at 0.01 puts out 0.01 of what the conv does."""
     model, data = make_net(), [image(16, 3, 24, 24)]
-    block = insert(model, 'stem')
+    block = insert(model, {'stem': None})['stem']
     with torch.no_grad():
         block.origin.weight.mul_(37)
-        calibrate(model, [block], data, model)
+        calibrate(model, blocks_of(model), data, model)
         block.settle(0.01)
         reference = block.branches['kxk'](data[0]).std((0, 2, 3))
         for name, branch in block.branches.items():
@@ -107,32 +107,33 @@ def test_one_pass_measures_all_blocks():
     """Each as if it were alone: a block that is not settled must not disturb the next."""
     structure = {path: ['kxk', '1x1', '1x1-kxk'] for path in ('stem', 'conv1', 'conv2')}
     model, data = make_net(), batches()
-    blocks = apply_structure(model, structure, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    blocks = insert(model, structure, lambda _: generator)
     calibrate(model, blocks, data, model)
-    for path, block in zip(structure, blocks, strict=True):
+    for path, block in blocks.items():
         alone = make_net()
-        twin = insert(alone, path, structure[path])
+        twin = insert(alone, {path: structure[path]})[path]
         states = block.state_dict()
         twin.load_state_dict(states)
-        calibrate(alone, [twin], data, alone)
+        calibrate(alone, {path: twin}, data, alone)
         for name, buffer in twin.named_buffers():
             assert_same(states[name].double(), buffer.double(), (path, name))
 
 
 def test_measuring_again_forgets_the_first_time():
     model, data = make_net(), batches()
-    block = insert(model, 'conv1')
-    calibrate(model, [block], [x * 3 for x in data], model)
+    block = insert(model, {'conv1': None})['conv1']
+    calibrate(model, blocks_of(model), [x * 3 for x in data], model)
     other = statistics(block)
     for _ in range(2):
-        calibrate(model, [block], data, model)
+        calibrate(model, blocks_of(model), data, model)
         measured = statistics(block)
     fresh = make_net()
-    twin = insert(fresh, 'conv1')
+    twin = insert(fresh, {'conv1': None})['conv1']
     twin.load_state_dict(block.state_dict())
     for norm in norms_of(twin):
         norm.reset_running_stats()
-    calibrate(fresh, [twin], data, fresh)
+    calibrate(fresh, blocks_of(fresh), data, fresh)
     for name, buffer in statistics(twin).items():
         assert_same(measured[name].double(), buffer.double(), name)
         assert 'tracked' in name or not torch.equal(measured[name], other[name])
@@ -142,10 +143,10 @@ def test_nested_blocks():
     model, data = make_net(), batches()
     inner = 'conv1.branches.1x1-kxk.conv'
     structure = {'conv1': ['kxk', '1x1-kxk'], inner: ['kxk', '1x1', 'kx1']}
-    blocks = apply_structure(model, structure)
-    before = [statistics(block) for block in blocks]
+    blocks = insert(model, structure)
+    before = [statistics(block) for block in blocks.values()]
     calibrate(model, blocks, data, model)
-    for block, old in zip(blocks, before, strict=True):
+    for block, old in zip(blocks.values(), before, strict=True):
         for name, buffer in statistics(block).items():
             if 'tracked' in name:
                 assert buffer == len(data)
@@ -155,19 +156,19 @@ def test_nested_blocks():
 
 def test_nothing_but_the_measured_changes():
     model = make_net()
-    block = insert(model, 'conv1')
+    block = insert(model, {'conv1': None})['conv1']
     state = snapshot(model)
     names = {f'conv1.{name}' for name, _ in block.named_buffers()}
-    calibrate(model, [block], batches(), model)
+    calibrate(model, blocks_of(model), batches(), model)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name]) == (name not in names), name
 
 
 def test_blocks_that_are_not_named_are_left_alone():
     model = make_net()
-    first, second = insert(model, 'stem'), insert(model, 'conv1')
+    first, second = insert(model, {'stem': None, 'conv1': None}).values()
     state = snapshot(first)
-    calibrate(model, [second], batches(), model)
+    calibrate(model, {'conv1': second}, batches(), model)
     assert all(torch.equal(t, state[n]) for n, t in first.state_dict().items())
 
 
@@ -175,11 +176,11 @@ def test_blocks_that_are_not_named_are_left_alone():
 def test_restores_modes_and_momenta(training):
     model = make_net().train(training)
     model.bn2.train(not training)
-    block = insert(model, 'conv1')
+    block = insert(model, {'conv1': None})['conv1']
     block.branches['1x1'].bn.momentum = 0.3
     modes = [module.training for module in model.modules()]
     momenta = [norm.momentum for norm in norms_of(model)]
-    calibrate(model, [block], batches(), model)
+    calibrate(model, blocks_of(model), batches(), model)
     assert [module.training for module in model.modules()] == modes
     assert [norm.momentum for norm in norms_of(model)] == momenta
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -188,7 +189,7 @@ def test_restores_modes_and_momenta(training):
         raise RuntimeError('the data set is gone')
 
     with pytest.raises(RuntimeError, match='gone'):
-        calibrate(model, [block], batches(), fail)
+        calibrate(model, blocks_of(model), batches(), fail)
     assert [module.training for module in model.modules()] == modes
     assert [norm.momentum for norm in norms_of(model)] == momenta
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -203,7 +204,7 @@ def counter(module):
 def test_stops_behind_the_last_block():
     """What lies behind runs for the first batch only, what lies before for all."""
     model = make_net()
-    blocks = [insert(model, 'stem'), insert(model, 'conv1')]
+    blocks = insert(model, {'stem': None, 'conv1': None})
     before, last, behind = counter(model.stem_bn), counter(model.bn1), counter(model.fc)
     calibrate(model, blocks, batches(5), model)
     assert len(before) == 5
@@ -212,14 +213,14 @@ def test_stops_behind_the_last_block():
 
 def test_a_block_that_is_called_several_times():
     model = make_net()
-    block = insert(model, 'stem')
+    block = insert(model, {'stem': None})['stem']
     calls, behind = counter(model.stem), counter(model.fc)
 
     def forward(x):
         model(x)
         model(x + 1)
 
-    calibrate(model, [block], batches(4), forward)
+    calibrate(model, blocks_of(model), batches(4), forward)
     assert len(calls) == 8
     assert block.branches['1x1'].bn.num_batches_tracked == 8
     assert len(behind) == 2 + 3
@@ -227,28 +228,28 @@ def test_a_block_that_is_called_several_times():
 
 def test_no_graph_is_kept():
     model = make_net()
-    block = insert(model, 'conv1')
+    insert(model, {'conv1': None})
     outputs = []
     model.conv1.register_forward_hook(lambda m, a, output: outputs.append(output))
-    calibrate(model, [block], batches(), model)
+    calibrate(model, blocks_of(model), batches(), model)
     assert not any(output.requires_grad for output in outputs)
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_no_block_needs_no_batch():
-    calibrate(make_net(), [], iter(()), None)
+    calibrate(make_net(), {}, iter(()), None)
 
 
 def test_errors():
     model = make_net()
-    block = insert(model, 'conv1')
+    insert(model, {'conv1': None})
     with pytest.raises(DyRepError, match='never reached'):
-        calibrate(model, [block], [], model)
+        calibrate(model, blocks_of(model), [], model)
     with pytest.raises(DyRepError, match='never reached'):
-        calibrate(model, [block], batches(), model.stem)
+        calibrate(model, blocks_of(model), batches(), model.stem)
     for bad in (float('nan'), float('inf')):
         with pytest.raises(DyRepError, match='not finite'):
-            calibrate(model, [block], [image(2, 3, 12, 13) * bad], model)
+            calibrate(model, blocks_of(model), [image(2, 3, 12, 13) * bad], model)
 
 
 @pytest.mark.parametrize('names', [[n] for n in BRANCHES], ids=str)
@@ -256,8 +257,8 @@ def test_then_the_function_is_kept(names):
     model, x = make_net().eval(), image()
     with torch.no_grad():
         before = model(x)
-        block = insert(model, 'conv1', names)
-        calibrate(model, [block], batches(), model)
+        block = insert(model, {'conv1': names})['conv1']
+        calibrate(model, blocks_of(model), batches(), model)
         block.settle(0.01)
         assert_same(model(x), before)
 
@@ -265,8 +266,8 @@ def test_then_the_function_is_kept(names):
 def test_input_on_which_a_batch_is_one_value_does_not_divide_by_zero():
     """A constant channel has no spread; the branch must still be usable."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False)).double()
-    block = insert(model, '0')
-    calibrate(model, [block], [torch.zeros(2, 3, 8, 8).double()], model)
+    block = insert(model, {'0': None})['0']
+    calibrate(model, blocks_of(model), [torch.zeros(2, 3, 8, 8).double()], model)
     block.settle(0.01)
     assert all(t.isfinite().all() for t in model.state_dict().values())
     assert get_module(model, '0').importances()
@@ -310,12 +311,15 @@ STEP_CHANGE = 0.01
 
 
 def grow_in_training(model, path, names, optimizer, x, batches):
-    block = insert(model, path, names, torch.Generator().manual_seed(0))
-    calibrate(model, [block], batches, model)
-    block.settle(0.01)
+    grown = rewire(
+        model,
+        {path: names},
+        generator=lambda _: torch.Generator().manual_seed(0),
+        measure=lambda blocks: calibrate(model, blocks, batches, model),
+    )
     sync_optimizer(optimizer, model)
     check_optimizer(optimizer, model)
-    return block
+    return grown[path]
 
 
 def step(model, optimizer, x, target):
@@ -398,9 +402,7 @@ def test_growing_resnet50_with_random_statistics(resnet, names):
     model, path = copy.deepcopy(resnet).train(), 'layer3.2.conv2'
     x, target = image(6, 3, 48, 48), torch.arange(6)
     output, loss = output_of(model, x), train_loss(model, x, target)
-    block = insert(model, path, names, torch.Generator().manual_seed(0))
-    calibrate(model, [block], [x], model)
-    block.settle(0.01)
+    rewire(model, {path: names}, measure=lambda blocks: calibrate(model, blocks, [x], model))
     assert_same(output_of(model, x), output)
     assert abs(train_loss(model, x, target) - loss) <= LOSS_JUMP * loss
 
@@ -415,10 +417,8 @@ def test_growing_everything_at_once_in_training():
     with torch.no_grad():
         model(x)
     output, loss = output_of(model, x), train_loss(model, x, target)
-    blocks = apply_structure(model, {path: ['kxk', *BRANCHES][:-1] for path in SQUARE})
-    calibrate(model, blocks, [x], model)
-    for block in reversed(blocks):
-        block.settle(0.01)
+    everywhere = {path: ['kxk', *BRANCHES][:-1] for path in SQUARE}
+    rewire(model, everywhere, measure=lambda blocks: calibrate(model, blocks, [x], model))
     assert_same(output_of(model, x), output)
     assert abs(train_loss(model, x, target) - loss) <= LOSS_JUMP * loss
 

@@ -6,7 +6,7 @@ from torchvision.models import resnet18, resnet50
 
 from dyrep_mm import expand, grow, structure_of
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.reparam.branches import BRANCHES
+from dyrep_mm.reparam.branches import BRANCHES, ORIGIN
 from dyrep_mm.surgery.candidates import candidates, survey
 from support.checks import assert_same
 from support.nets import image, make_net, output_of
@@ -88,7 +88,7 @@ def test_survey_says_why():
     model = Odd()
     verdicts = survey(model)
     assert [path for path, reason in verdicts.items() if reason is None] == ['good', 'wrapped']
-    assert candidates(model) == ['good', 'wrapped']
+    assert list(candidates(model)) == ['good', 'wrapped']
     assert verdicts.keys() - {'good', 'wrapped'} == REASONS.keys()
 
 
@@ -108,13 +108,22 @@ def test_what_is_no_candidate_cannot_grow(path):
         grow(Odd(), path)
 
 
+def test_candidates_say_what_fits():
+    """And a conv that none of the wanted branches fits is no candidate."""
+    model = make_net()
+    assert candidates(model)['conv1'] == [ORIGIN, *BRANCHES]
+    assert candidates(model, branches=['identity', '1x1'])['conv2'] == [ORIGIN, '1x1']
+    assert list(candidates(model, branches=['identity'])) == ['conv1', 'dw']
+    assert survey(model, branches=['identity'])['stem'] == 'none of identity fits it'
+
+
 def test_convs_inside_blocks_are_candidates():
     model = make_net()
     grow(model, 'conv1')
     inside = ['conv1.branches.kxk', 'conv1.branches.1x1-kxk.conv']
-    assert candidates(model) == ['stem', *inside, 'dw', 'conv2']
-    assert candidates(model, 'conv1') == inside
-    assert candidates(model, max_depth=1) == ['stem', 'dw', 'conv2']
+    assert list(candidates(model)) == ['stem', *inside, 'dw', 'conv2']
+    assert list(candidates(model, 'conv1')) == inside
+    assert list(candidates(model, max_depth=1)) == ['stem', 'dw', 'conv2']
     assert candidates(model, max_depth=2) == candidates(model)
     grow(model, inside[1])
     deeper = candidates(model, inside[1])

@@ -10,7 +10,7 @@ from dyrep_mm import grow, prune, structure_of
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.reparam.branches import BRANCHES, ORIGIN, fitting
 from dyrep_mm.reparam.geometry import ConvSpec
-from dyrep_mm.surgery.rewire import insert, mirror
+from dyrep_mm.surgery.rewire import mirror, rewire
 from dyrep_mm.surgery.structure import Plan
 from dyrep_mm.surgery.tree import blocks_of, depth_of, get_module, neighbour_norm, outermost
 from support.checks import assert_same, assert_untouched
@@ -241,6 +241,11 @@ def averaged_copy(model):
     return twin
 
 
+def plan_of(model):
+    """What has grown a plain model to this one."""
+    return Plan(grow=structure_of(model))
+
+
 def test_mirror_keeps_the_function_of_the_copy():
     model, x = make_net(), image()
     copied = averaged_copy(model)
@@ -248,7 +253,7 @@ def test_mirror_keeps_the_function_of_the_copy():
     weights = [get_module(copied, path).weight for path in ('conv1', 'dw')]
     for path in ('conv1', 'dw'):
         grow(model, path)
-    mirror(copied, model, Plan(['conv1', 'dw']))
+    mirror(copied, model, plan_of(model))
     assert_same(output_of(copied, x), expected)
     assert not torch.allclose(output_of(model, x), expected)
     assert structure_of(copied) == structure_of(model)
@@ -265,8 +270,8 @@ def test_mirror_keeps_the_function_of_the_copy():
     randomise(model)
     randomise(copied)
     expected = output_of(copied, x)
-    plan = Plan(['conv1.branches.1x1-kxk.conv'], {'dw': model.dw.names[1:], 'conv1': ['1x1']})
-    grow(model, plan.grow[0])
+    inner, pruned = 'conv1.branches.1x1-kxk.conv', {'dw': model.dw.names[1:], 'conv1': ['1x1']}
+    plan = Plan({inner: grow(model, inner).names}, pruned)
     for path, names in plan.prune.items():
         prune(model, path, names)
     mirror(copied, model, plan)
@@ -279,11 +284,11 @@ def test_mirror_leaves_the_copy_frozen():
     model = make_net()
     copied = averaged_copy(model)
     grow(model, 'conv1', ['1x1'])
-    mirror(copied, model, Plan(['conv1']))
+    mirror(copied, model, plan_of(model))
     assert not any(p.requires_grad for p in copied.parameters())
     randomise(model)
     randomise(copied)
-    mirror(copied, model, Plan([], {'conv1': ['1x1']}))
+    mirror(copied, model, Plan(prune={'conv1': ['1x1']}))
     assert copied.conv1.bias is not None
     assert not any(p.requires_grad for p in copied.parameters())
 
@@ -293,10 +298,9 @@ def test_mirror_of_nested_growth_in_one_update():
     copied = averaged_copy(model)
     expected = output_of(copied, x)
     inner = 'conv1.branches.1x1-kxk.conv'
-    for path in ('conv1', inner, 'conv1.branches.kxk'):
-        block = insert(model, path, ['1x1', '1x1-kxk'])
-        block.settle(0.01)
-    mirror(copied, model, Plan(['conv1', inner, 'conv1.branches.kxk']))
+    names = ['kxk', '1x1', '1x1-kxk']
+    rewire(model, dict.fromkeys(('conv1', inner, 'conv1.branches.kxk'), names))
+    mirror(copied, model, plan_of(model))
     assert structure_of(copied) == structure_of(model)
     assert depth_of(copied, inner) == 1
     assert_same(output_of(copied, x), expected)
@@ -307,6 +311,6 @@ def test_mirror_leaves_the_model_and_the_random_numbers_alone():
     copied = averaged_copy(model)
     grow(model, 'conv1')
     state = {n: t.clone() for n, t in model.state_dict().items()}
-    mirror(copied, model, Plan(['conv1']))
+    mirror(copied, model, plan_of(model))
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
     assert set(model.conv1.branches) == {ORIGIN, *BRANCHES}

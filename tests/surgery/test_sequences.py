@@ -26,7 +26,7 @@ from dyrep_mm.reparam.branches import fitting
 from dyrep_mm.reparam.geometry import ConvSpec
 from dyrep_mm.surgery.candidates import candidates
 from dyrep_mm.surgery.optimizer import check_optimizer, sync_optimizer
-from dyrep_mm.surgery.rewire import apply_structure, mirror
+from dyrep_mm.surgery.rewire import mirror, restore
 from dyrep_mm.surgery.structure import Plan, structure_of
 from dyrep_mm.surgery.tree import blocks_of, get_module
 from support.checks import assert_same
@@ -134,18 +134,17 @@ class Life(RuleBasedStateMachine):
     @rule(data=st.data(), seed=st.integers(0, 99), scale=st.sampled_from([0.0, 0.01, 1.0]))
     def grow(self, data: st.DataObject, seed: int, scale: float) -> None:
         paths = candidates(self.model, max_depth=MAX_DEPTH)
-        paths = [p for p in paths if fitting(ConvSpec.of(get_module(self.model, p)))]
         # Strips can grow too; `candidates` names square kernels alone.
         if not paths:
             return
         path = data.draw(st.sampled_from(sorted(paths)))
-        fits = fitting(ConvSpec.of(get_module(self.model, path)))
+        fits = paths[path][1:]
         names = data.draw(st.lists(st.sampled_from(fits), min_size=1, unique=True))
         generator = torch.Generator().manual_seed(seed)
         weight = get_module(self.model, path).weight
         dyrep_mm.grow(self.model, path, names, init_scale=scale, generator=generator)
         assert get_module(self.model, path).origin.weight is weight
-        self.follow(Plan([path]))
+        self.follow(Plan({path: get_module(self.model, path).names}))
 
     @precondition(lambda self: blocks_of(self.model))
     @rule(data=st.data())
@@ -156,7 +155,7 @@ class Life(RuleBasedStateMachine):
             st.lists(st.sampled_from(blocks[path].names[1:]), min_size=1, unique=True)
         )
         dyrep_mm.prune(self.model, path, names)
-        self.follow(Plan([], {path: names}))
+        self.follow(Plan(prune={path: names}))
 
     @rule(steps=st.integers(1, 2))
     def train(self, steps: int) -> None:
@@ -195,7 +194,7 @@ class Life(RuleBasedStateMachine):
         self.average = make(self.geometry).requires_grad_(False)
         self.optimizer = make_optimizer(self.model, self.many)
         for model, state in ((self.model, 'state_dict'), (self.average, 'average')):
-            apply_structure(model, structure, torch.Generator())
+            restore(model, structure)
             model.load_state_dict(loaded[state], strict=True)
         sync_optimizer(self.optimizer, self.model)
         if resume:
@@ -221,7 +220,7 @@ class Life(RuleBasedStateMachine):
         structure = structure_of(self.model)
         assert structure_of(self.average) == structure
         plain = make(self.geometry)
-        apply_structure(plain, structure)
+        restore(plain, structure)
         assert structure_of(plain) == structure
         assert list(plain.state_dict()) == list(self.model.state_dict())
 
@@ -281,7 +280,7 @@ def test_any_sequence_of_edits_keeps_the_function(geometry, data):
     for _ in range(data.draw(st.integers(1, 6))):
         edits = ['grow', 'prune', 'train', 'save', 'eval', 'step']
         edit = data.draw(st.sampled_from(edits))
-        blocks, convs = blocks_of(model), candidates(model, max_depth=3)
+        blocks, convs = blocks_of(model), list(candidates(model, max_depth=3))
         if edit == 'grow' and convs:
             path = data.draw(st.sampled_from(convs))
             names = fitting(ConvSpec.of(get_module(model, path)))

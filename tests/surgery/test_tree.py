@@ -43,6 +43,6 @@ def test_scope_that_is_right(scope):
 
 def test_scope_is_a_prefix_of_whole_names():
     model = nn.ModuleDict({'conv': make_net(), 'conv2': make_net()})
-    assert candidates(model, 'conv') == [f'conv.{path}' for path in CONVS]
-    assert candidates(model, 'conv.stem') == ['conv.stem']
+    assert list(candidates(model, 'conv')) == [f'conv.{path}' for path in CONVS]
+    assert list(candidates(model, 'conv.stem')) == ['conv.stem']
     assert len(candidates(model, '')) == 2 * len(CONVS)

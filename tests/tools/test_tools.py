@@ -12,6 +12,7 @@ from mmdet.datasets import CocoDataset
 
 from dyrep_mm.engine.checkpoint import load_checkpoint
 from support.processes import call, run_tool
+from support.runs import journal
 
 CONFIG = 'configs/fpn_r50_dyrep_coco.py'
 
@@ -67,8 +68,7 @@ def trained(coco: Path, tmp_path_factory) -> Path:
 
 
 def test_train_fuse_and_use_without_dyrep(coco, trained, tmp_path):
-    journal = load_checkpoint(trained)['meta']['dyrep_mm']['journal']
-    assert [len(entry['grown']) for entry in journal] == [1, 1]
+    assert [len(entry.grown) for entry in journal(trained)] == [1, 1]
 
     fused = tmp_path / 'fused.pth'
     printed = run_tool('fuse', CONFIG, trained, fused)

@@ -1,0 +1,99 @@
+"""Multiply-adds of a model with blocks in training, from the sizes of the maps that its layers see.
+
+Counters that trace a model (mmengine's, fvcore's) need a forward for every structure, and a
+detector in training cannot be traced. Here one training iteration is watched, and every later
+structure is counted from it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dyrep_mm.errors import DyRepError
+from dyrep_mm.reparam.block import Block
+from dyrep_mm.reparam.branches import multiply_adds_of
+from dyrep_mm.surgery.tree import depth_of, get_module
+
+#: By path of a conv, block or linear layer, its calls: how many maps for one image, their height
+#: and width in pixels; for a linear layer how many rows, 1 and 1.
+Sizes = dict[str, list[list[float]]]
+
+
+class SizeWatch:
+    """Notes the sizes of the maps that convs, linear layers and outermost blocks of ``model`` see.
+
+    It watches from its construction until :meth:`finish`. The first call of a layer says how many
+    images a batch has.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._calls: dict[str, dict[tuple[int, int], int]] = {}
+        self._images: int | None = None
+        self._handles = [
+            module.register_forward_pre_hook(self._noter(path), with_kwargs=True)
+            for path, module in model.named_modules()
+            if isinstance(module, (nn.Conv2d, nn.Linear, Block)) and depth_of(model, path) == 0
+        ]
+
+    def _noter(self, path: str):
+        def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            # Activation checkpointing runs a layer again in the backward.
+            if not inputs or torch._C._current_graph_task_id() != -1:
+                return
+            x = inputs[0]
+            linear = isinstance(module, nn.Linear)
+            size = (1, 1) if linear else tuple(x.shape[-2:])
+            count = x.numel() // max(x.shape[-1] if linear else x.shape[-3:].numel(), 1)
+            if self._images is None:
+                self._images = max(len(x), 1)
+            calls = self._calls.setdefault(path, {})
+            calls[size] = calls.get(size, 0) + count
+
+        return note
+
+    def finish(self) -> Sizes:
+        """Stop watching; the sizes that were seen."""
+        for handle in self._handles:
+            handle.remove()
+        return {
+            path: [[count / self._images, *size] for size, count in calls.items()]
+            for path, calls in self._calls.items()
+        }
+
+
+def are_sizes(value: Any) -> bool:
+    """Whether ``value``, from a file, has the form of :data:`Sizes`."""
+    return isinstance(value, dict) and all(
+        isinstance(path, str)
+        and isinstance(calls, list)
+        and all(
+            isinstance(call, list)
+            and len(call) == 3
+            and all(type(n) in (int, float) and n >= 0 for n in call)
+            for call in calls
+        )
+        for path, calls in value.items()
+    )
+
+
+def multiply_adds(model: nn.Module, sizes: Sizes) -> float:
+    """Multiply-adds of one forward of one image through the convs and linear layers of ``model``.
+
+    Every conv of every branch is counted by itself, as in the paper's tables.
+
+    Args:
+        model: In any structure that grew from the one that was watched.
+        sizes: From :class:`SizeWatch`. Layers that it did not see count nothing.
+    """
+    total = 0.0
+    for path, calls in sizes.items():
+        try:
+            module = get_module(model, path)
+        except DyRepError:  # from a checkpoint of another head
+            continue
+        total += sum(n * multiply_adds_of(module, (int(h), int(w))) for n, h, w in calls)
+    return total
