@@ -24,10 +24,10 @@ setup: .venv/.ready
 	touch $@
 
 # The demo, step by step: a file that is there is not made again.
-DYREP := configs/demo/fpn_r50_dyrep_digits.py
-PLAIN := configs/demo/fpn_r50_digits.py
-STAGE_C := work_dirs/cls_r50_digits/epoch_3.pth
-STAGE_D := work_dirs/fpn_r50_dyrep_digits/iter_160.pth
+DYREP := configs/demo/faster-rcnn_r50_fpn_dyrep_digits.py
+PLAIN := configs/demo/faster-rcnn_r50_fpn_digits.py
+STAGE_C := work_dirs/resnet50_digits/epoch_3.pth
+STAGE_D := work_dirs/faster-rcnn_r50_fpn_dyrep_digits/iter_160.pth
 DEMO := work_dirs/demo
 
 # Threads that spin while they wait are slow on a busy machine.
@@ -39,7 +39,7 @@ data/digits/digits.json: | .venv/.ready
 	$(PY) tools/digits.py --out data/digits
 
 $(STAGE_C): | data/digits/digits.json
-	$(PY) tools/train.py configs/demo/cls_r50_digits.py
+	$(PY) tools/train.py configs/demo/resnet50_digits.py
 
 $(STAGE_D): | $(STAGE_C)
 	$(PY) tools/train.py $(DYREP)

@@ -1,6 +1,2 @@
-# Faster R-CNN R50-FPN, 1x, on COCO (Table 5), DyRep in stage D: training starts from a plain
-# ResNet-50 and its backbone grows from there.
-_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
-
-# 12 epochs: one update after each but the last.
-custom_hooks = [dict(type='dyrep_mm.DyRepHook', interval=1)]
+# Faster R-CNN R50-FPN, 1x, on COCO (Table 5), DyRep in stage D.
+_base_ = './detection/faster-rcnn_r50_fpn_dyrep_1x_coco.py'

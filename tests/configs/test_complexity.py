@@ -46,18 +46,18 @@ def rounds_to(value: float, printed: str) -> bool:
 @pytest.mark.parametrize(
     ('config', 'structure', 'size', 'flops', 'parameters'),
     [
-        ('resnet18_in1k', None, 224, '1.81', '11.7'),
-        ('resnet18_in1k', 'dbb', 224, '4.13', '26.3'),
-        ('resnet34_in1k', None, 224, '3.66', '21.8'),
-        ('resnet34_in1k', 'dbb', 224, '8.44', '49.9'),
-        ('resnet50_in1k', None, 224, '4.09', '25.6'),
-        ('resnet50_in1k', 'dbb', 224, '6.79', '40.7'),
-        ('resnet50_in1k', 'dbb7', 224, '8.02', '48.3'),
-        ('mobilenet_in1k', None, 224, '0.57', '4.2'),
-        ('mobilenet_in1k', 'dbb', 224, '0.61', '4.3'),
+        ('resnet18_8xb32-120e_in1k', None, 224, '1.81', '11.7'),
+        ('resnet18_8xb32-120e_in1k', 'dbb', 224, '4.13', '26.3'),
+        ('resnet34_8xb32-120e_in1k', None, 224, '3.66', '21.8'),
+        ('resnet34_8xb32-120e_in1k', 'dbb', 224, '8.44', '49.9'),
+        ('resnet50_8xb32-120e_in1k', None, 224, '4.09', '25.6'),
+        ('resnet50_8xb32-120e_in1k', 'dbb', 224, '6.79', '40.7'),
+        ('resnet50_8xb32-120e_in1k', 'dbb7', 224, '8.02', '48.3'),
+        ('mobilenet-v1_8xb32-90e_in1k', None, 224, '0.57', '4.2'),
+        ('mobilenet-v1_8xb32-90e_in1k', 'dbb', 224, '0.61', '4.3'),
         # In millions. With DBB the paper has 34.7 M parameters, see configs/README.md.
-        ('vgg16_cifar10', None, 32, '313', '15.0'),
-        ('vgg16_cifar10', 'dbb', 32, '728', '34.6'),
+        ('vgg16_1xb128-600e_cifar10', None, 32, '313', '15.0'),
+        ('vgg16_1xb128-600e_cifar10', 'dbb', 32, '728', '34.6'),
     ],
 )
 def test_is_what_the_paper_says(config, structure, size, flops, parameters):
@@ -69,19 +69,23 @@ def test_is_what_the_paper_says(config, structure, size, flops, parameters):
 # Table 4 counts inference models; a BN beside every conv has twice as many parameters as the
 # bias that it becomes.
 @pytest.mark.parametrize(
-    ('arch', 'flops', 'parameters'),
-    [('a2', '5.1', '25.49'), ('b2g4', '11.3', '55.77'), ('b3', '26.2', '110.96')],
+    ('config', 'flops', 'parameters'),
+    [
+        ('plainvgg-a2_8xb32-120e_in1k', '5.1', '25.49'),
+        ('plainvgg-b2g4_8xb32-200e_in1k', '11.3', '55.77'),
+        ('plainvgg-b3_8xb32-200e_in1k', '26.2', '110.96'),
+    ],
 )
-def test_plain_stack_is_the_deployed_repvgg(arch, flops, parameters):
-    config = Config.fromfile(FOLDER / f'plainvgg-{arch}_in1k.py')
-    plain = build_model(config).backbone
-    deployed = RepVGG(config.model.backbone.arch, deploy=True)
+def test_plain_stack_is_the_deployed_repvgg(config, flops, parameters):
+    cfg = Config.fromfile(FOLDER / f'{config}.py')
+    plain = build_model(cfg).backbone
+    deployed = RepVGG(cfg.model.backbone.arch, deploy=True)
     kernels = [
         [(m.weight.shape, m.stride, m.groups) for m in model.modules() if isinstance(m, nn.Conv2d)]
         for model in (plain, deployed)
     ]
     assert kernels[0] == kernels[1]
-    macs, count = complexity(f'plainvgg-{arch}_in1k', None, 224)
+    macs, count = complexity(config, None, 224)
     assert rounds_to(macs / 1e3, flops), macs
     biases = sum(m.num_features for m in plain.modules() if isinstance(m, nn.BatchNorm2d))
     assert count - biases / 1e6 == pytest.approx(float(parameters), abs=0.011)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ def load(name: str) -> Config:
 
 
 def hooks_in(cfg: Config) -> list[dict]:
-    return [hook for hook in cfg.get('custom_hooks', []) if 'DyRepHook' in str(hook['type'])]
+    hooks = [*cfg.default_hooks.values(), *cfg.get('custom_hooks', [])]
+    return [hook for hook in hooks if 'DyRepHook' in str(hook['type'])]
 
 
 def check_pipelines(cfg: Config) -> None:
@@ -123,7 +125,8 @@ def on_synthetic_input(cfg: Config, work_dir: Path) -> None:
     cfg.work_dir, cfg.log_level = str(work_dir), 'WARNING'
     cfg.experiment_name = work_dir.name
     cfg.visualizer = {'type': 'Visualizer'}
-    cfg.default_hooks = {'checkpoint': {'type': 'CheckpointHook', 'interval': 1000}}
+    kept = {'dyrep': cfg.default_hooks.dyrep} if 'dyrep' in cfg.default_hooks else {}
+    cfg.default_hooks = {'checkpoint': {'type': 'CheckpointHook', 'interval': 1000}, **kept}
 
 
 @pytest.fixture(scope='module')
@@ -196,12 +199,55 @@ def test_the_table_has_every_config():
     assert not [name for name in names if f'| `{name}` |' not in table]
 
 
+#: Devices x batch and schedule, as OpenMMLab writes them: 8xb32-120e, 4xb2-40k.
+SCHEDULE = re.compile(r'_(\d+)xb(\d+)-(\d+)([ek])_')
+
+
+@pytest.mark.parametrize('name', [name for name in CONFIGS if SCHEDULE.search(name)])
+def test_the_name_says_batch_and_schedule(name):
+    devices, batch, length, unit = SCHEDULE.search(name).groups()
+    cfg = load(name)
+    assert cfg.train_dataloader.batch_size == int(batch)
+    if 'auto_scale_lr' in cfg:
+        assert cfg.auto_scale_lr.base_batch_size == int(devices) * int(batch)
+    if unit == 'e':
+        assert cfg.train_cfg.max_epochs == int(length)
+    else:
+        assert cfg.train_cfg.max_iters == int(length) * 1000
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_the_hook_merges_by_key(name, tmp_path):
+    """A config that inherits can change one option and bring hooks of its own."""
+    cfg = load(name)
+    assert 'custom_hooks' not in cfg
+    assert 'dyrep' not in cfg, 'the variable of _base_/methods is left over'
+    if not hooks_in(cfg):
+        return
+    child = tmp_path / 'child.py'
+    child.write_text(
+        f'_base_ = {str(FOLDER / name)!r}\n'
+        "default_hooks = dict(dyrep=dict(metric='vote'))\n"
+        "custom_hooks = [dict(type='EMAHook')]\n"
+    )
+    child = Config.fromfile(child)
+    assert child.default_hooks == {
+        **cfg.default_hooks,
+        'dyrep': {**cfg.default_hooks.dyrep, 'metric': 'vote'},
+    }
+    assert child.custom_hooks == [{'type': 'EMAHook'}]
+
+
 @pytest.mark.parametrize(
     ('name', 'options', 'expected'),
     [
-        ('classification/vgg16_dyrep_cifar10.py', {'custom_hooks.0.metric': 'snip'}, 'snip'),
         (
-            'detection/fpn_r50_coco.py',
+            'classification/vgg16_dyrep_1xb128-600e_cifar10.py',
+            {'default_hooks.dyrep.metric': 'snip'},
+            'snip',
+        ),
+        (
+            'detection/faster-rcnn_r50_fpn_1x_coco.py',
             {
                 'default_hooks.dyrep.type': 'dyrep_mm.DyRepHook',
                 'default_hooks.dyrep.metric': 'snip',
@@ -214,6 +260,6 @@ def test_options_of_the_command_line(name, options, expected):
     """What configs/README.md and docs/projects.md say works with --cfg-options."""
     cfg = load(name)
     cfg.merge_from_dict(options)
-    (hook,) = hooks_in(cfg) or [cfg.default_hooks.dyrep]
+    (hook,) = hooks_in(cfg)
     init_default_scope(cfg.default_scope)
     assert HOOKS.build(hook).metric == expected

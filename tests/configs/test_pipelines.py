@@ -52,9 +52,10 @@ def load(name: str, digits: Path, work_dir: Path) -> Config:
     cfg.train_cfg = {'by_epoch': False, 'max_iters': 7, 'val_interval': 100}
     cfg.param_scheduler = None
     cfg.train_dataloader.sampler = {'type': 'InfiniteSampler', 'shuffle': True}
-    cfg.default_hooks = {'checkpoint': {'type': 'CheckpointHook', 'interval': 7, 'by_epoch': False}}
-    for hook in cfg.get('custom_hooks') or []:
-        hook.update(HOOK)
+    hooks = {'checkpoint': {'type': 'CheckpointHook', 'interval': 7, 'by_epoch': False}}
+    if 'dyrep' in cfg.default_hooks:
+        hooks['dyrep'] = {**cfg.default_hooks.dyrep, **HOOK}
+    cfg.default_hooks = hooks
     cfg.work_dir, cfg.experiment_name, cfg.log_level = str(work_dir), work_dir.name, 'WARNING'
     cfg.visualizer = {'type': 'Visualizer'}
     return cfg
@@ -86,7 +87,7 @@ test.__test__ = False
 
 def check_fused(plain: Config, fused: Path, metrics: dict) -> None:
     """The plain config takes the fused checkpoint whole and reports the same."""
-    assert not plain.get('custom_hooks')
+    assert 'dyrep' not in plain.default_hooks
     runner = Runner.from_cfg({**plain, 'load_from': str(fused)})
     assert not runner.model.load_state_dict(torch.load(fused)['state_dict'], strict=True)[0]
     again = runner.test()
@@ -97,15 +98,15 @@ def check_fused(plain: Config, fused: Path, metrics: dict) -> None:
 @pytest.fixture(scope='module')
 def stage_c(digits, tmp_path_factory) -> tuple[Path, Path, dict]:
     folder = tmp_path_factory.mktemp('stage_c')
-    return train(load('cls_r50_dyrep_digits.py', digits, folder / 'run'), folder)
+    return train(load('resnet50_dyrep_digits.py', digits, folder / 'run'), folder)
 
 
 def test_classification(digits, stage_c, tmp_path):
     _, fused, metrics = stage_c
-    check_fused(load('cls_r50_digits.py', digits, tmp_path), fused, metrics)
+    check_fused(load('resnet50_digits.py', digits, tmp_path), fused, metrics)
 
 
-@pytest.mark.parametrize('model', ['fpn_r50', 'pspnet_r50'])
+@pytest.mark.parametrize('model', ['faster-rcnn_r50_fpn', 'pspnet_r50-d8'])
 @pytest.mark.parametrize('stage', ['dyrep', 'dyrep-cd'])
 def test_c_to_d(digits, stage_c, tmp_path, model, stage):
     checkpoint, fused, _ = stage_c

@@ -174,10 +174,10 @@ def test_fuse_refuses(case, trained, other_model, tmp_path):
 @pytest.mark.parametrize(
     ('options', 'word'),
     [
-        ({'custom_hooks.0.interval': 0}, 'interval'),
-        ({'custom_hooks.0.metric': 'magic'}, 'magic'),
-        ({'custom_hooks.0.branches': '[3x3]'}, '3x3'),
-        ({'custom_hooks.0.scope': 'spine'}, 'spine'),
+        ({'default_hooks.dyrep.interval': 0}, 'interval'),
+        ({'default_hooks.dyrep.metric': 'magic'}, 'magic'),
+        ({'default_hooks.dyrep.branches': '[3x3]'}, '3x3'),
+        ({'default_hooks.dyrep.scope': 'spine'}, 'spine'),
         ({'load_from': 'nowhere.pth'}, 'nowhere.pth'),
     ],
 )

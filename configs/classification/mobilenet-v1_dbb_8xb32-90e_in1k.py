@@ -1,0 +1,3 @@
+_base_ = ['./mobilenet-v1_8xb32-90e_in1k.py', '../_base_/methods/dbb.py']
+
+default_hooks = dict(dyrep=_base_.pop('dyrep'))

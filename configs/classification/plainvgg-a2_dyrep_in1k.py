@@ -1,1 +1,0 @@
-_base_ = ['./plainvgg-a2_in1k.py', '../_base_/dyrep.py']

@@ -1,1 +1,0 @@
-_base_ = ['./plainvgg-b2g4_in1k.py', '../_base_/dyrep.py']

@@ -1,0 +1,3 @@
+_base_ = ['./plainvgg-b2g4_8xb32-200e_in1k.py', '../_base_/methods/repvgg.py']
+
+default_hooks = dict(dyrep=_base_.pop('dyrep'))

@@ -1,4 +1,0 @@
-_base_ = './plainvgg-b2g4_in1k.py'
-
-# RepVGG-B3 without its branches: the stack that DyRep starts from (section 5.3).
-model = dict(backbone=dict(arch='B3'))

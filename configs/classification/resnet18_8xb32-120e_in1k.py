@@ -1,0 +1,5 @@
+_base_ = [
+    'mmpretrain::_base_/models/resnet18.py',
+    '../_base_/datasets/imagenet_bs32_jitter.py',
+    '../_base_/schedules/in1k_120e.py',
+]

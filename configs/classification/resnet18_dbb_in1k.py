@@ -1,1 +1,0 @@
-_base_ = ['./resnet18_in1k.py', '../_base_/dbb.py']

@@ -1,1 +1,0 @@
-_base_ = ['./resnet50_in1k.py', '../_base_/dbb7.py']

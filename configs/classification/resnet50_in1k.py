@@ -1,1 +1,0 @@
-_base_ = ['mmpretrain::_base_/models/resnet50.py', '../_base_/in1k_120e.py']

@@ -1,1 +1,0 @@
-_base_ = ['../_base_/vgg16_cifar.py', '../_base_/cifar10_600e.py']

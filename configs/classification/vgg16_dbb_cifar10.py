@@ -1,1 +1,0 @@
-_base_ = ['./vgg16_cifar10.py', '../_base_/dbb.py']

@@ -1,6 +1,0 @@
-"""The segmentor of the demo with DyRep on its backbone, stage D."""
-
-_base_ = './pspnet_r50_digits.py'
-
-# In iterations, which is what the loop counts: four updates within 160.
-custom_hooks = [dict(type='dyrep_mm.DyRepHook', interval=32)]
