@@ -68,7 +68,7 @@ KILLS ?= 100
 SEQUENCES ?= 200
 soak: .venv/.ready
 	OMP_NUM_THREADS=1 DYREP_KILLS=$(KILLS) DYREP_SEQUENCES=$(SEQUENCES) $(PY) -m pytest -m "" \
-	    --timeout 0 tests/test_kill.py tests/test_sequences.py
+	    --timeout 0 tests/engine/test_kill.py tests/surgery/test_sequences.py
 
 clean:
 	rm -rf .venv data/digits $(dir $(STAGE_C)) $(dir $(STAGE_D)) $(DEMO)

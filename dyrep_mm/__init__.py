@@ -1,15 +1,35 @@
 """DyRep for OpenMMLab: convs that grow into multi-branch blocks while a model trains."""
 
-from dyrep_mm.surgery import expand, fuse, grow, prune, structure_of
+from importlib import import_module
+
+from dyrep_mm.surgery.fuse import fuse
+from dyrep_mm.surgery.rewire import expand, grow, prune
+from dyrep_mm.surgery.structure import structure_of
 from dyrep_mm.version import __version__
 
-__all__ = ['DyRepHook', '__version__', 'expand', 'fuse', 'grow', 'prune', 'structure_of']
+# The core is torch only: mmengine is imported when one of these is asked for.
+_FOR_MMENGINE = {
+    'DyRepHook': 'dyrep_mm.engine.hook',
+    'DyRepPretrained': 'dyrep_mm.engine.pretrained',
+    'DyRepConverter': 'dyrep_mm.engine.converter',
+    'PlainVGG': 'dyrep_mm.backbones',
+}
+
+__all__ = [
+    'DyRepConverter',
+    'DyRepHook',
+    'DyRepPretrained',
+    'PlainVGG',
+    '__version__',
+    'expand',
+    'fuse',
+    'grow',
+    'prune',
+    'structure_of',
+]
 
 
 def __getattr__(name: str):
-    # The core is torch only: mmengine is imported when the hook is asked for.
-    if name == 'DyRepHook':
-        from dyrep_mm.hook import DyRepHook
-
-        return DyRepHook
+    if name in _FOR_MMENGINE:
+        return getattr(import_module(_FOR_MMENGINE[name]), name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -6,12 +6,14 @@ from mmengine.registry import TASK_UTILS as MMENGINE_TASK_UTILS
 from mmengine.registry import WEIGHT_INITIALIZERS as MMENGINE_WEIGHT_INITIALIZERS
 from mmengine.registry import Registry
 
-HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='dyrep_mm', locations=['dyrep_mm.hook'])
+HOOKS = Registry(
+    'hook', parent=MMENGINE_HOOKS, scope='dyrep_mm', locations=['dyrep_mm.engine.hook']
+)
 TASK_UTILS = Registry(
     'task util',
     parent=MMENGINE_TASK_UTILS,
     scope='dyrep_mm',
-    locations=['dyrep_mm.converter'],
+    locations=['dyrep_mm.engine.converter'],
 )
 MODELS = Registry(
     'model', parent=MMENGINE_MODELS, scope='dyrep_mm', locations=['dyrep_mm.backbones']
@@ -20,5 +22,5 @@ WEIGHT_INITIALIZERS = Registry(
     'weight initializer',
     parent=MMENGINE_WEIGHT_INITIALIZERS,
     scope='dyrep_mm',
-    locations=['dyrep_mm.initialize'],
+    locations=['dyrep_mm.engine.pretrained'],
 )

@@ -12,8 +12,9 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from dyrep_mm.checkpoint import Record, load_checkpoint
+from dyrep_mm.engine.checkpoint import load_checkpoint
 from dyrep_mm.errors import DyRepError
+from dyrep_mm.evolution.record import Record
 
 
 @contextmanager

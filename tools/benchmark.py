@@ -32,10 +32,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import resnet50
 
 import dyrep_mm
-from dyrep_mm.checkpoint import Record
-from dyrep_mm.converter import build_model
-from dyrep_mm.saliency import Saliency
-from dyrep_mm.surgery import blocks_of, candidates, get_module, preset, structure_of
+from dyrep_mm.engine.converter import build_model
+from dyrep_mm.evolution.record import Record
+from dyrep_mm.evolution.saliency import Saliency
+from dyrep_mm.surgery.candidates import candidates, preset
+from dyrep_mm.surgery.structure import structure_of
+from dyrep_mm.surgery.tree import blocks_of, get_module
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs/fpn_r50_dyrep_coco.py'

@@ -4,7 +4,7 @@ import argparse
 
 from _cli import sentence
 
-from dyrep_mm.converter import fuse_checkpoint
+from dyrep_mm.engine.converter import fuse_checkpoint
 
 
 def main() -> None:

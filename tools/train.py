@@ -6,7 +6,7 @@ import os
 from _cli import add_common, build_runner, check_local, load_config, sentence
 from mmengine.config import Config
 
-from dyrep_mm.checkpoint import latest_checkpoint
+from dyrep_mm.engine.checkpoint import latest_checkpoint
 from dyrep_mm.errors import DyRepError
 
 

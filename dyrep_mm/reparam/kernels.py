@@ -1,0 +1,115 @@
+"""Pure maths on kernels: every linear operation of a block as one convolution kernel.
+
+A :class:`Kernel` is the pair ``(weight, bias)`` of a convolution with the geometry of the
+conv that the block replaces: weight ``(out, in / groups, kh, kw)``, bias ``(out,)``. All
+functions are differentiable and keep dtype and device (section 3 of the paper, Eq. 1-2, 6,
+8, 10).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Kernel(NamedTuple):
+    """One linear operation: ``weight`` (out, in / groups, kh, kw) and ``bias`` (out,)."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+def make_kernel(weight: Tensor, bias: Tensor | None = None) -> Kernel:
+    """Kernel of a conv that may have no bias."""
+    return Kernel(weight, weight.new_zeros(weight.shape[0]) if bias is None else bias)
+
+
+def fold_bn(
+    kernel: Kernel, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> Kernel:
+    """Kernel of ``BN(conv(x))`` with fixed statistics (Eq. 8); every BN tensor is (out,)."""
+    scale = torch.rsqrt(var + eps)
+    if gamma is not None:
+        scale = scale * gamma
+    bias = (kernel.bias - mean) * scale
+    if beta is not None:
+        bias = bias + beta
+    return Kernel(kernel.weight * scale.view(-1, 1, 1, 1), bias)
+
+
+def _middle(weight: Tensor, size: Sequence[int]) -> Tensor:
+    """View of the ``size`` (kh, kw) in the middle of ``weight`` (..., kh, kw)."""
+    rows, cols = ((n - k) // 2 for n, k in zip(weight.shape[-2:], size, strict=True))
+    return weight[..., rows : rows + size[0], cols : cols + size[1]]
+
+
+class _Sum(torch.autograd.Function):
+    """Sum of weights of several sizes: nothing is padded, and the gradients are views."""
+
+    @staticmethod
+    def forward(ctx: Any, size: tuple[int, int], *weights: Tensor) -> Tensor:
+        ctx.sizes = [weight.shape[-2:] for weight in weights]
+        return _sum(size, *weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(_middle(grad, size) for size in ctx.sizes)
+
+
+def _sum(size: tuple[int, int], *weights: Tensor) -> Tensor:
+    if weights[0].shape[-2:] == size:
+        total, *weights = weights[0].clone(), *weights[1:]
+    else:
+        total = weights[0].new_zeros(*weights[0].shape[:2], *size)
+    for weight in weights:
+        _middle(total, weight.shape[-2:]).add_(weight)
+    return total
+
+
+def add(kernels: Iterable[Kernel], size: tuple[int, int]) -> Kernel:
+    """Sum of kernels, each in the middle of ``size`` (kh, kw): parallel branches (Eq. 2).
+
+    All sizes are odd.
+    """
+    weights, biases = zip(*kernels, strict=True)
+    # An export, which has no gradients, sees operations of torch alone.
+    weight = _Sum.apply(size, *weights) if torch.is_grad_enabled() else _sum(size, *weights)
+    return Kernel(weight, sum(biases[1:], biases[0]))
+
+
+def chain(first: Kernel, second: Kernel, groups: int = 1) -> Kernel:
+    """Kernel of ``second(first(x))``: a ``1x1`` followed by a ``kxk``, both with ``groups``.
+
+    ``first`` has weight (mid, in / groups, 1, 1), ``second`` (out, mid / groups, kh, kw) or,
+    one filter per channel, (mid, 1, kh, kw); the result is (out, in / groups, kh, kw). Exact
+    at the border too if the padding of ``second`` holds what ``first`` makes of zeros, see
+    :mod:`dyrep_mm.reparam.branches`.
+    """
+    mid, narrow = first.weight.shape[:2]
+    out, wide, kh, kw = second.weight.shape
+    if wide == 1 and out == mid:
+        bias = first.bias * second.weight.sum((1, 2, 3)) + second.bias
+        return Kernel(first.weight * second.weight, bias)
+    pointwise = first.weight.reshape(groups, mid // groups, narrow)
+    spatial = second.weight.reshape(groups, out // groups, mid // groups, kh, kw)
+    weight = torch.einsum('gomhw,gmi->goihw', spatial, pointwise)
+    bias = torch.einsum('gomhw,gm->go', spatial, first.bias.reshape(groups, mid // groups))
+    # A conv takes the memory format of its weight over to its output.
+    weight = weight.reshape(out, narrow, kh, kw).contiguous()
+    return Kernel(weight, bias.reshape(out) + second.bias)
+
+
+def identity_weight(channels: int, groups: int, like: Tensor) -> Tensor:
+    """Weight (channels, channels / groups, 1, 1) that copies its input."""
+    narrow = channels // groups
+    eye = torch.eye(narrow, dtype=like.dtype, device=like.device)
+    return eye.repeat(groups, 1).view(channels, narrow, 1, 1)
+
+
+def average_weight(channels: int, size: tuple[int, int], like: Tensor) -> Tensor:
+    """Weight (channels, 1, kh, kw) of an average pooling, padding counted."""
+    return like.new_full((channels, 1, *size), 1 / math.prod(size))

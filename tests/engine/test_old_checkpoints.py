@@ -1,0 +1,167 @@
+"""Checkpoints of earlier versions: each resumes, and fuses, as it did then.
+
+``data/<version>/make.py`` made them; its docstring describes ``expected.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.hooks import EMAHook
+from mmengine.registry import DATASETS
+from mmengine.runner import Runner
+
+from dyrep_mm import expand, structure_of
+from dyrep_mm.engine.checkpoint import load_checkpoint
+from dyrep_mm.engine.converter import fuse_checkpoint
+from support.checks import assert_equal_states
+from support.runs import Images, TinyClassifier, watch
+
+# The name that their configs have for it.
+DATASETS.register_module(name='TinyImages', module=Images, force=True)
+
+DATA = Path(__file__).parents[1] / 'data'
+EXPECTED = {
+    f'{file.parent.name}/{kind}': expected
+    for file in sorted(DATA.glob('*/expected.json'))
+    for kind, expected in json.loads(file.read_text()).items()
+}
+RESUMABLE = [name for name, expected in EXPECTED.items() if 'next' in expected]
+GROWN = [name for name, expected in EXPECTED.items() if expected['structure']]
+
+
+def stored(name: str) -> Path:
+    return DATA / f'{name}.pth'
+
+
+def journal(file: str | Path) -> list[dict[str, Any]]:
+    """The journal that a checkpoint holds, as version 0.1.0 wrote it."""
+    return load_checkpoint(file)['meta']['dyrep_mm']['journal']
+
+
+def changes(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What each update did, without numbers that rounding may change."""
+    kept = ('update', 'iteration', 'epoch', 'grown', 'pruned')
+    return [{key: entry[key] for key in kept if key in entry} for entry in entries]
+
+
+def build(name: str, work_dir: Path, **more: Any) -> Runner:
+    """A runner of the very config that the checkpoint was written with."""
+    config = Config.fromstring(load_checkpoint(stored(name))['meta']['cfg'], '.py')
+    config.merge_from_dict(
+        {
+            'work_dir': str(work_dir),
+            'load_from': str(stored(name)),
+            'experiment_name': str(work_dir),  # mmengine keeps one logger for each name
+            **more,
+        }
+    )
+    return Runner.from_cfg(config)
+
+
+def inputs() -> torch.Tensor:
+    """The images of ``make.py``."""
+    return (torch.arange(3 * 3 * 8 * 8).double() * 37 % 101 / 50 - 1).reshape(3, 3, 8, 8)
+
+
+@torch.no_grad()
+def assert_expected(model: torch.nn.Module, logits: list[list[float]]) -> None:
+    """The model computes the logits of then, relative to the largest."""
+    actual, then = model.double().eval()(inputs()), torch.tensor(logits, dtype=torch.float64)
+    assert ((actual - then).abs().max() / then.abs().max()).item() < 1e-5
+
+
+def test_every_file_is_tested():
+    files = {f'{file.parent.name}/{file.stem}' for file in DATA.glob('*/*.pth')}
+    assert files == EXPECTED.keys()
+
+
+@pytest.mark.parametrize('name', RESUMABLE)
+def test_resumes(tmp_path, name):
+    """It goes on with the weights, momentum, structure and scores of the file, to the end."""
+    expected, saved = EXPECTED[name], load_checkpoint(stored(name))
+    run = build(name, tmp_path, resume=True)
+    said, begun = [], []
+    run.logger.warning = lambda *message: said.append(str(message))
+
+    def check(run: Runner) -> None:
+        begun.append((run.epoch, run.iter))
+        assert structure_of(run.model) == expected['structure']
+        # An average is saved as the model, and the model beside it.
+        own = saved.get('ema_state_dict', saved['state_dict'])
+        own = {key.removeprefix('module.'): own[key] for key in own if key != 'steps'}
+        assert_equal_states(run.model.state_dict(), own)
+        for average in (h.ema_model for h in run.hooks if isinstance(h, EMAHook)):
+            assert_equal_states(average.module.state_dict(), saved['state_dict'])
+        state = run.optim_wrapper.optimizer.state
+        momentum = {
+            key: state[p]['momentum_buffer'].double().abs().sum().item()
+            for key, p in run.model.named_parameters()
+            if 'momentum_buffer' in state.get(p, {})
+        }
+        assert momentum == pytest.approx(expected['momentum'])
+
+    watch(run, check, 'before_train')
+    run.train()
+    assert begun == [(saved['meta']['epoch'], saved['meta']['iter'])]
+    assert run.iter == run.max_iters
+    assert not [line for line in said if 'starts without its scores' in line]
+
+    now, before = journal((tmp_path / 'last_checkpoint').read_text()), expected['journal']
+    assert changes(now[: len(before)]) == changes(before)
+    # The scores of half an interval are in the first update after it.
+    first, then = now[len(before)], expected['next']
+    assert first['update'] == then['update']
+    if then['scores']:
+        assert changes([first]) == changes([then])
+        for path, score in then['scores'].items():
+            assert first['scores'][path] == pytest.approx(score, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ('name', 'config_of'), [('0.1.0/best', '0.1.0/best'), ('0.1.0/fused', '0.1.0/nested')]
+)
+def test_starts_a_new_run(tmp_path, name, config_of):
+    """A file without an optimizer gives weights and structure; the count begins anew."""
+    saved = load_checkpoint(stored(name))
+    run = build(config_of, tmp_path, load_from=str(stored(name)))
+    begun = []
+
+    def check(run: Runner) -> None:
+        begun.append(run.iter)
+        assert structure_of(run.model) == EXPECTED[name]['structure']
+        assert_equal_states(run.model.state_dict(), saved['state_dict'])
+
+    watch(run, check, 'before_train')
+    run.train()
+    assert begun == [0]
+    assert run.iter == run.max_iters
+    assert journal((tmp_path / 'last_checkpoint').read_text())[0]['update'] == 1
+
+
+@pytest.mark.parametrize('name', EXPECTED)
+def test_computes_what_it_did(name):
+    """Also the fused one, in the plain model."""
+    expected = EXPECTED[name]
+    model = expand(TinyClassifier(), expected['structure'])
+    model.load_state_dict(load_checkpoint(stored(name))['state_dict'], strict=True)
+    assert structure_of(model) == expected['structure']
+    assert_expected(model, expected['logits'])
+
+
+@pytest.mark.parametrize('name', GROWN)
+def test_fuses(tmp_path, name):
+    expected = EXPECTED[name]
+    plain, out = tmp_path / 'plain.py', tmp_path / 'fused.pth'
+    plain.write_text("model = dict(type='TinyClassifier')\n")
+    report = fuse_checkpoint(plain, stored(name), out, size=8)
+    assert report.blocks == sum(bool(names) for names in expected['structure'].values())
+    assert not report.biased
+    model = TinyClassifier()
+    model.load_state_dict(load_checkpoint(out)['state_dict'], strict=True)
+    assert_expected(model, expected['logits'])

@@ -1,0 +1,243 @@
+"""One process of distributed runs: ``python -m support.ranks FOLDER RANK WORLD``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mmengine.hooks import EMAHook, Hook
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+import dyrep_mm
+from dyrep_mm.engine import hook as engine_hook
+from dyrep_mm.engine.runner import unwrap
+from dyrep_mm.errors import DyRepError
+from dyrep_mm.surgery.optimizer import check_optimizer
+from support.runs import PRUNING, dyrep, runner, watch
+
+WRAPPER = {
+    'type': 'MMDistributedDataParallel',
+    'device_ids': None,
+    'broadcast_buffers': False,
+    'find_unused_parameters': False,
+}
+
+
+def digest(*states: dict) -> str:
+    """A fingerprint of tensors and their names."""
+    text = hashlib.sha256()
+    for state in states:
+        for name, tensor in state.items():
+            text.update(name.encode())
+            text.update(tensor.detach().cpu().numpy().tobytes())
+    return text.hexdigest()
+
+
+class Inputs(Hook):
+    """Notes what every iteration trains on."""
+
+    def __init__(self, sums: list[float]):
+        self.sums = sums
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.sums.append(data_batch['inputs'].sum().item())
+
+
+def train(folder: Path, hooks: list[dict] | None = None, **more) -> dict:
+    """A run; what every rank reports of each iteration."""
+    more = {'iters': 9, 'every': 3, 'launcher': 'pytorch', **more}
+    more.setdefault('model_wrapper_cfg', dict(WRAPPER))
+    run = runner(folder / 'run', [dict(PRUNING)] if hooks is None else hooks, **more)
+    report: dict[str, Any] = {name: [] for name in ('weights', 'structure', 'inputs', 'wrapper')}
+    average = [hook for hook in run.hooks if isinstance(hook, EMAHook)]
+
+    def look(run):
+        model = unwrap(run.model)
+        check_optimizer(run.optim_wrapper.optimizer, model)
+        # Statistics of BN in train mode are each rank's own, as in any DDP run.
+        states = [dict(model.named_parameters())]
+        states += [dict(hook.ema_model.module.named_parameters()) for hook in average]
+        report['weights'].append(digest(*states))
+        report['structure'].append(dyrep_mm.structure_of(model))
+        wrapper = run.model
+        report['wrapper'].append(
+            {
+                'type': type(wrapper).__name__,
+                'find_unused_parameters': wrapper.find_unused_parameters,
+                'broadcast_buffers': wrapper.broadcast_buffers,
+                'gradient_as_bucket_view': wrapper.gradient_as_bucket_view,
+                'bucket_bytes_cap': wrapper.bucket_bytes_cap,
+                'detect_anomalous_params': wrapper.detect_anomalous_params,
+                'communication_hooks': len(wrapper._comm_hooks),
+            }
+        )
+
+    run.register_hook(Inputs(report['inputs']), 'LOWEST')
+    watch(run, look)
+    report['call'] = lambda: run.train()
+    report['run'] = run
+    return report
+
+
+def finish(report: dict) -> dict:
+    report.pop('call')()
+    journal = dyrep(report.pop('run'))._record.journal
+    return {**report, 'journal': journal}
+
+
+def case_average(folder: Path, rank: int) -> dict:
+    """Every rank sees other data, as samplers give it, and keeps an average."""
+    return finish(train(folder, [dict(PRUNING), {'type': 'EMAHook', 'momentum': 0.2}]))
+
+
+def case_seeds(folder: Path, rank: int) -> dict:
+    """Every rank has a seed of its own. DDP gives the parameters of rank 0 to all, so they are
+    looked at before it: new branches must be the same already."""
+    hooks = [{**PRUNING, 'metric': 'random', 'prune': False}]
+    report = train(folder, hooks, randomness={'seed': 3, 'diff_rank_seed': True})
+    report['unwrapped'], rewrap = [], engine_hook.rewrap
+
+    def spy(run):
+        report['unwrapped'].append(digest(dict(unwrap(run.model).named_parameters())))
+        rewrap(run)
+
+    engine_hook.rewrap = spy
+    report['own'] = report['run'].seed
+    try:
+        return finish(report)
+    finally:
+        engine_hook.rewrap = rewrap
+
+
+def case_scores(folder: Path, rank: int) -> dict:
+    """Ranks that disagree on scores and importances follow rank 0."""
+    report = train(folder)
+    hook = dyrep(report['run'])
+    watch_ = hook._watch
+
+    def watch_and_disagree(run):
+        watch_(run)
+        if hook._saliency is not None:
+            means = hook._saliency.means
+            hook._saliency.means = lambda generator: {
+                path: score + (i if rank == 0 else -i)
+                for i, (path, score) in enumerate(means(generator).items())
+            }
+
+    hook._watch = watch_and_disagree
+    return finish(report)
+
+
+def case_wrapper(folder: Path, rank: int) -> dict:
+    """Settings of the wrapper and a communication hook, which counts its calls."""
+    calls: list[int] = []
+
+    def communicate(state, bucket):
+        calls.append(len(bucket.parameters()))
+        return allreduce_hook(state, bucket)
+
+    more = {'gradient_as_bucket_view': True, 'bucket_cap_mb': 1, 'detect_anomalous_params': True}
+    report = train(folder, model_wrapper_cfg={**WRAPPER, **more})
+    run = report['run']
+    watch(run, lambda run: run.model.register_comm_hook(None, communicate), 'before_train')
+    parameters: list[int] = []
+    watch(run, lambda run: parameters.append(len(list(run.model.parameters()))))
+    report = finish(report)
+    report['communicated'] = calls
+    report['parameters'] = parameters
+    return report
+
+
+def case_resume(folder: Path, rank: int) -> dict:
+    """A run, and again from its newest whole checkpoint: the last one is torn."""
+    hooks = [dict(PRUNING), {'type': 'EMAHook', 'momentum': 0.2}]
+    whole = finish(train(folder, hooks))
+    dist.barrier()
+    if rank == 0:
+        file = folder / 'run/iter_9.pth'
+        file.write_bytes(file.read_bytes()[:5000])
+    dist.barrier()
+    again = finish(train(folder, hooks, resume=True))
+    return {'whole': whole['weights'], 'again': again['weights']}
+
+
+def case_accumulate(folder: Path, rank: int) -> dict:
+    wrapper = {'optimizer': {'type': 'SGD', 'lr': 0.05}, 'accumulative_counts': 2}
+    return finish(train(folder, optim_wrapper=wrapper, iters=10))
+
+
+def refusal(run) -> str:
+    try:
+        run.train()
+    except DyRepError as error:
+        return str(error)
+    return 'not refused'
+
+
+def case_refuse(folder: Path, rank: int) -> dict:
+    """What the hook says of wrappers that it does not support."""
+    said = {}
+    for name, more in {
+        'MMSeparateDistributedDataParallel': {'device_ids': None},
+        'MMFullyShardedDataParallel': {},
+    }.items():
+        try:
+            run = runner(
+                folder / name,
+                [dict(PRUNING)],
+                iters=4,
+                launcher='pytorch',
+                model_wrapper_cfg={'type': name, **more},
+            )
+        except Exception:  # torch wants an accelerator: let the model pretend
+            run = runner(
+                folder / name,
+                [dict(PRUNING)],
+                iters=4,
+                launcher='pytorch',
+                model_wrapper_cfg=dict(WRAPPER),
+            )
+            run.model = pretend(name, run.model.module)
+        said[name] = refusal(run)
+    return said
+
+
+def pretend(name: str, module: torch.nn.Module) -> torch.nn.Module:
+    """A module of a wrapper class that was not initialised."""
+    from mmengine.registry import MODEL_WRAPPERS
+
+    wrapper = object.__new__(MODEL_WRAPPERS.get(name))
+    torch.nn.Module.__init__(wrapper)
+    wrapper.__dict__['_modules']['module'] = module
+    wrapper.__dict__['_modules']['_fsdp_wrapped_module'] = module
+    wrapper.train_step = lambda *_: None
+    return wrapper
+
+
+CASES: dict[str, Callable[[Path, int], dict]] = {
+    name.removeprefix('case_'): call
+    for name, call in list(globals().items())
+    if name.startswith('case_')
+}
+
+
+def main() -> None:
+    folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(world))
+    dist.init_process_group(
+        'gloo', init_method=f'file://{folder}/meeting', rank=rank, world_size=world
+    )
+    report = {name: call(folder / name, rank) for name, call in CASES.items()}
+    (folder / f'report_{rank}.json').write_text(json.dumps(report))
+    dist.barrier()
+
+
+if __name__ == '__main__':
+    main()

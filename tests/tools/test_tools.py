@@ -1,0 +1,188 @@
+"""The main job as a user runs it: the COCO config, on a folder of COCO format."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmdet.datasets import CocoDataset
+
+from dyrep_mm.engine.checkpoint import load_checkpoint
+from support.processes import call, run_tool
+
+CONFIG = 'configs/fpn_r50_dyrep_coco.py'
+
+
+@pytest.fixture(scope='module')
+def coco(tmp_path_factory) -> Path:
+    """A folder in the layout of data/coco: digits under the names of COCO's classes."""
+    out = tmp_path_factory.mktemp('data') / 'coco'
+    run_tool('digits', '--out', out, '--forms', 'detection', '--train', 4, '--val', 2)
+    for split in ('train', 'val'):
+        content = json.loads((out / f'annotations/instances_{split}.json').read_text())
+        names = CocoDataset.METAINFO['classes']
+        content['categories'] = [{'id': i, 'name': name} for i, name in enumerate(names, 1)]
+        target = out / f'annotations/instances_{split}2017.json'
+        target.write_text(json.dumps(content))
+        (out / 'images' / split).rename(out / f'{split}2017')
+    return out
+
+
+def overrides(coco: Path, **more) -> list[str]:
+    """What makes the COCO config small, on the command line."""
+    settings = {
+        'train_dataloader.dataset.data_root': f'{coco}/',
+        'val_dataloader.dataset.data_root': f'{coco}/',
+        'test_dataloader.dataset.data_root': f'{coco}/',
+        'val_evaluator.ann_file': f'{coco}/annotations/instances_val2017.json',
+        'test_evaluator.ann_file': f'{coco}/annotations/instances_val2017.json',
+        'train_dataloader.dataset.pipeline.2.scale': '(96,96)',
+        'val_dataloader.dataset.pipeline.1.scale': '(96,96)',
+        'test_dataloader.dataset.pipeline.1.scale': '(96,96)',
+        'train_dataloader.num_workers': 0,
+        'train_dataloader.persistent_workers': False,
+        'val_dataloader.num_workers': 0,
+        'val_dataloader.persistent_workers': False,
+        'test_dataloader.num_workers': 0,
+        'test_dataloader.persistent_workers': False,
+        'model.backbone.init_cfg': None,
+        # Boxes at all, after four iterations from nothing.
+        'model.test_cfg.rcnn.score_thr': 0.0,
+        **more,
+    }
+    return ['--cfg-options', *(f'{key}={value}' for key, value in settings.items())]
+
+
+@pytest.fixture(scope='module')
+def trained(coco: Path, tmp_path_factory) -> Path:
+    """A checkpoint of three short epochs, with two updates."""
+    work_dir = tmp_path_factory.mktemp('run')
+    options = overrides(coco, **{'train_cfg.max_epochs': 3, 'train_cfg.val_interval': 3})
+    log = run_tool('train', CONFIG, '--work-dir', work_dir, *options)
+    assert log.count('DyRep update') == 2
+    return work_dir / 'epoch_3.pth'
+
+
+def test_train_fuse_and_use_without_dyrep(coco, trained, tmp_path):
+    journal = load_checkpoint(trained)['meta']['dyrep_mm']['journal']
+    assert [len(entry['grown']) for entry in journal] == [1, 1]
+
+    fused = tmp_path / 'fused.pth'
+    printed = run_tool('fuse', CONFIG, trained, fused)
+    assert 'relative difference' in printed
+    content = torch.load(fused, weights_only=True)
+    assert content.keys() == {'meta', 'state_dict'}
+    assert content['meta']['dyrep_mm']['fused']
+    assert content['meta']['dyrep_mm']['source'] == 'epoch_3.pth'
+
+    # The stock config, built where dyrep_mm cannot be imported.
+    script = f"""
+import sys; sys.modules['dyrep_mm'] = None
+import torch
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmdet.registry import MODELS
+from mmengine.utils import get_installed_path
+register_all_modules()
+root = get_installed_path('mmdet')
+config = root + '/.mim/configs/faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
+model = MODELS.build(Config.fromfile(config).model)
+state = torch.load({str(fused)!r}, weights_only=True)['state_dict']
+print(model.load_state_dict(state, strict=True))
+"""
+    assert 'All keys matched' in call(sys.executable, '-c', script)
+
+
+def test_test_and_compare(coco, trained, tmp_path):
+    fused = tmp_path / 'fused.pth'
+    run_tool('fuse', CONFIG, trained, fused)
+    out = tmp_path / 'predictions.pkl'
+    options = overrides(coco)
+    printed = run_tool('test', CONFIG, trained, '--work-dir', tmp_path, '--out', out, *options)
+    assert 'bbox_mAP' in printed
+    assert out.exists()
+    plain = tmp_path / 'plain.py'
+    plain.write_text("_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'\n")
+    printed = run_tool('compare', CONFIG, trained, plain, fused, '--work-dir', tmp_path,
+        '--tolerance', '1e-3', *options,
+    )  # fmt: skip
+    assert 'coco/bbox_mAP' in printed
+    assert 'pred_instances.bboxes' in printed
+    assert 'pred_instances.scores' in printed
+    # A plain config cannot rebuild the structure, and says so.
+    printed = run_tool('test', plain, trained, '--work-dir', tmp_path, *options, code=1)
+    assert 'no DyRepHook' in printed.splitlines()[-1]
+
+
+def test_resume_auto(coco, trained, tmp_path):
+    """Weights cannot be compared here: mmdet's samplers draw from a random stream that a
+    resumed run starts anew. test_hook.py compares them where the pipeline is deterministic."""
+    work_dir = tmp_path / 'run'
+    work_dir.mkdir()
+    (work_dir / 'epoch_2.pth').symlink_to(trained.with_name('epoch_2.pth'))
+    (work_dir / 'last_checkpoint').write_text(str(work_dir / 'epoch_2.pth'))
+    options = overrides(coco, **{'train_cfg.max_epochs': 3, 'train_cfg.val_interval': 3})
+    log = run_tool('train', CONFIG, '--work-dir', work_dir, '--resume', 'auto', *options)
+    assert 'resumed epoch: 2' in log
+    whole, resumed = (load_checkpoint(p) for p in (trained, work_dir / 'epoch_3.pth'))
+    assert whole['meta']['dyrep_mm'] == resumed['meta']['dyrep_mm']
+    assert whole['state_dict'].keys() == resumed['state_dict'].keys()
+    groups = [c['optimizer']['param_groups'] for c in (whole, resumed)]
+    assert groups[0] == groups[1]
+
+
+@pytest.fixture
+def other_model(tmp_path) -> Path:
+    path = tmp_path / 'other.pth'
+    structure = {'backbone.layer1.0.conv2': ['kxk', '1x1']}
+    torch.save({'meta': {'dyrep_mm': {'structure': structure}}, 'state_dict': {}}, path)
+    return path
+
+
+@pytest.mark.parametrize('case', ['missing', 'truncated', 'text', 'plain', 'other', 'misfit'])
+def test_fuse_refuses(case, trained, other_model, tmp_path):
+    source, out = tmp_path / f'{case}.pth', tmp_path / 'out.pth'
+    word = {
+        'missing': 'there is no checkpoint file',
+        'truncated': 'truncated or no checkpoint',
+        'text': 'no checkpoint',
+        'plain': 'holds no structure',
+        'other': 'is not of this model',
+        'misfit': 'layer9',
+    }[case]
+    if case == 'truncated':
+        source.write_bytes(trained.read_bytes()[:100_000])
+    elif case == 'text':
+        source.write_text('hello\n')
+    elif case == 'plain':
+        torch.save({'meta': {}, 'state_dict': {}}, source)
+    elif case == 'other':
+        source = other_model
+    elif case == 'misfit':
+        record = {'structure': {'backbone.layer9.conv': ['kxk', '1x1']}}
+        torch.save({'meta': {'dyrep_mm': record}, 'state_dict': {}}, source)
+    before = sorted(tmp_path.iterdir())
+    printed = run_tool('fuse', CONFIG, source, out, code=1).strip()
+    assert word in printed.splitlines()[-1]
+    assert 'Traceback' not in printed
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ('options', 'word'),
+    [
+        ({'custom_hooks.0.interval': 0}, 'interval'),
+        ({'custom_hooks.0.metric': 'magic'}, 'magic'),
+        ({'custom_hooks.0.branches': '[3x3]'}, '3x3'),
+        ({'custom_hooks.0.scope': 'spine'}, 'spine'),
+        ({'load_from': 'nowhere.pth'}, 'nowhere.pth'),
+    ],
+)
+def test_train_refuses(coco, tmp_path, options, word):
+    printed = run_tool('train', CONFIG, '--work-dir', tmp_path, *overrides(coco, **options), code=1)
+    assert word in printed.strip().splitlines()[-1]
+    assert 'Traceback' not in printed
+    assert not list(tmp_path.glob('*.pth'))
