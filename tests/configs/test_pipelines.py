@@ -62,10 +62,10 @@ def load(name: str, digits: Path, work_dir: Path) -> Config:
 
 
 #: What a test reports, and the features of the backbone for each of its batches.
-Tested = tuple[dict, list]
+Evaluation = tuple[dict, list]
 
 
-def train(cfg: Config, out: Path) -> tuple[Path, Path, Tested]:
+def train(cfg: Config, out: Path) -> tuple[Path, Path, Evaluation]:
     """Train and fuse; returns both checkpoints and what a test of the trained one gives."""
     runner = Runner.from_cfg(cfg)
     runner.train()
@@ -79,16 +79,16 @@ def train(cfg: Config, out: Path) -> tuple[Path, Path, Tested]:
     assert report.error64 <= 1e-6
     assert not report.biased
     cfg.load_from, cfg.experiment_name = str(checkpoint), cfg.experiment_name + 't'
-    return checkpoint, out / 'fused.pth', tested(Runner.from_cfg(cfg))
+    return checkpoint, out / 'fused.pth', evaluate(Runner.from_cfg(cfg))
 
 
-def tested(runner: Runner) -> Tested:
+def evaluate(runner: Runner) -> Evaluation:
     features = []
     runner.model.backbone.register_forward_hook(lambda *args: features.append(args[-1]))
     return runner.test(), features
 
 
-def check_fused(plain: Config, fused: Path, before: Tested) -> None:
+def check_fused(plain: Config, fused: Path, before: Evaluation) -> None:
     """The plain config takes the fused checkpoint whole, and computes the same on the images.
 
     Metrics may differ: rounding decides between scores that are equal but for it.
@@ -96,14 +96,14 @@ def check_fused(plain: Config, fused: Path, before: Tested) -> None:
     assert not plain.get('custom_hooks')
     runner = Runner.from_cfg({**plain, 'load_from': str(fused)})
     assert not runner.model.load_state_dict(torch.load(fused)['state_dict'], strict=True)[0]
-    metrics, features = tested(runner)
+    metrics, features = evaluate(runner)
     assert metrics.keys() == before[0].keys() != set()
     assert len(features) == len(before[1]) > 0
     assert relative_difference(before[1], features) <= RELATIVE[torch.float32]
 
 
 @pytest.fixture(scope='module')
-def stage_c(digits, tmp_path_factory) -> tuple[Path, Path, Tested]:
+def stage_c(digits, tmp_path_factory) -> tuple[Path, Path, Evaluation]:
     folder = tmp_path_factory.mktemp('stage_c')
     return train(load('cls_r50_dyrep_digits.py', digits, folder / 'run'), folder)
 
