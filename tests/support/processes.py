@@ -6,16 +6,21 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 ROOT = Path(__file__).parents[2]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Variables of a process that imports this copy of the package and ``support``."""
+    """Variables of a process that imports this copy of the package and ``support``, and computes
+    with as many threads as this one: results are compared bit for bit."""
     path = os.pathsep.join(map(str, (ROOT, ROOT / 'tests')))
-    return {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path, **more}
+    threads = str(torch.get_num_threads())
+    return {**os.environ, 'OMP_NUM_THREADS': threads, 'PYTHONPATH': path, **more}
 
 
 def call(*command: object, code: int = 0, **options: Any) -> str:
@@ -52,7 +57,9 @@ def run_ranks(folder: Path, world: int = 2) -> list[dict]:
         with (folder / f'log_{rank}').open('w') as log:
             processes.append(start_worker('ranks', folder, rank, world, stdout=log))
     try:
-        codes = [process.wait(timeout=240) for process in processes]
+        # One that fails leaves the others waiting for it.
+        while None in (codes := [process.poll() for process in processes]) and not any(codes):
+            time.sleep(0.1)
     finally:
         for process in processes:
             process.kill()
