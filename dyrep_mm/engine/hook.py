@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-import math
+import os
+import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
-from torch import Tensor, nn
+from torch import nn
 
 from dyrep_mm.engine.checkpoint import check_keys, load_structure
+from dyrep_mm.engine.losses import LossWatch
+from dyrep_mm.engine.options import (
+    check_branches,
+    check_count,
+    check_flag,
+    check_number,
+    check_prefixes,
+    check_score,
+    check_seed,
+    check_start,
+)
 from dyrep_mm.engine.pretrained import Handover, handovers_in
 from dyrep_mm.engine.runner import (
     choose_resume,
@@ -21,18 +34,17 @@ from dyrep_mm.engine.runner import (
     refuse_unsupported,
     unwrap,
 )
+from dyrep_mm.engine.schedule import INTERVAL, LEFT_OUT, UpdateCost, sensible_interval
 from dyrep_mm.engine.transaction import Transaction
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.evolution.record import Entry, Record
 from dyrep_mm.evolution.rule import DyRepRule, Rule
-from dyrep_mm.evolution.saliency import check_metric
 from dyrep_mm.registry import HOOKS
-from dyrep_mm.reparam.branches import check_operations
 from dyrep_mm.surgery.candidates import candidates, preset, survey
 from dyrep_mm.surgery.cost import SizeWatch, multiply_adds
 from dyrep_mm.surgery.rewire import INIT_SCALE, absent, structure_errors
 from dyrep_mm.surgery.structure import MAX_DEPTH, PRESETS, Plan, structure_of
-from dyrep_mm.surgery.tree import Scope, blocks_of, check_scope, get_module
+from dyrep_mm.surgery.tree import blocks_of, check_scope, get_module, in_scope
 
 
 @HOOKS.register_module()
@@ -45,10 +57,12 @@ class DyRepHook(Hook):
 
     Args:
         interval: t of Algorithm 1, epochs or iterations between two updates; None never
-            changes the structure.
+            changes the structure. By default 5 epochs; where iterations are counted there is no
+            default.
         by_epoch: Unit of ``interval`` and ``end``; by default that of the training loop.
         end: No change of structure after this epoch or iteration, and no scoring (A.4).
-        scope: Dotted prefix, or several, inside which convs may grow.
+        scope: Dotted prefix, or several, inside which convs may grow and branches be pruned;
+            None is everywhere.
         metric: Saliency score: ``synflow`` (Eq. 4), ``snip``, ``grad_norm``, ``random``,
             ``vote`` (A.3).
         grow_per_update: How many of the best operations grow at an update (Algorithm 1: 1).
@@ -64,6 +78,8 @@ class DyRepHook(Hook):
         seed: Of new branches and calibration; by default the runner's.
         recompute: Compute the outputs of branches again in the backward instead of keeping
             them: training takes less memory and more time.
+        stop_on_invalid_loss: End the run at a loss that is NaN or infinite. By default the log
+            tells of the first one, and updates wait for a loss that is finite.
 
     Raises:
         DyRepError: an option has no meaning; at the start of training, the runner, the scope
@@ -75,10 +91,10 @@ class DyRepHook(Hook):
 
     def __init__(
         self,
-        interval: int | None = 5,
+        interval: int | None = LEFT_OUT,
         by_epoch: bool | None = None,
         end: int | None = None,
-        scope: str | Sequence[str] = 'backbone',
+        scope: str | Sequence[str] | None = 'backbone',
         metric: str = 'synflow',
         grow_per_update: int = 1,
         branches: Sequence[str] | None = None,
@@ -87,46 +103,35 @@ class DyRepHook(Hook):
         prune: bool = True,
         prune_threshold: float = 0.02,
         max_depth: int = 2,
-        structure: str | Mapping[str, Sequence[str]] | None = None,
+        structure: str | os.PathLike | Mapping[str, Sequence[str]] | None = None,
         seed: int | None = None,
         recompute: bool = False,
+        stop_on_invalid_loss: bool = False,
     ):
-        check_metric(metric)
-        if branches is not None:
-            check_operations(branches)
-        for name, value, least in (
-            ('interval', interval, 1),
-            ('end', end, 0),
-            ('grow_per_update', grow_per_update, 0),
-            ('calibration_batches', calibration_batches, 0),
-            ('max_depth', max_depth, 1),
-        ):
-            optional = name in ('interval', 'end')
-            if not (optional and value is None) and (type(value) is not int or value < least):
-                raise DyRepError(f'{name} must be an integer of at least {least}, got {value!r}')
-        if max_depth > MAX_DEPTH:
-            raise DyRepError(f'max_depth must be at most {MAX_DEPTH}, got {max_depth}')
-        for name, value in (('init_scale', init_scale), ('prune_threshold', prune_threshold)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-                raise DyRepError(f'{name} must be a number of at least 0, got {value!r}')
-        self.interval = interval
-        self.by_epoch = by_epoch
-        self.end = end
-        self.scope: Scope = scope if isinstance(scope, str) else list(scope)
-        self.metric = metric
-        self.grow_per_update = grow_per_update
-        self.branches = None if branches is None else list(branches)
-        self.init_scale = init_scale
-        self.calibration_batches = calibration_batches
-        self.prune_threshold = prune_threshold if prune else None
-        self.max_depth = max_depth
-        self.structure = structure
-        self.seed = seed
-        self.recompute = bool(recompute)
+        given = interval is not None and interval is not LEFT_OUT
+        self.interval = check_count('interval', interval, 1) if given else interval
+        self.by_epoch = None if by_epoch is None else check_flag('by_epoch', by_epoch)
+        self.end = None if end is None else check_count('end', end, 0)
+        self.scope = check_prefixes(scope)
+        self.metric = check_score(metric)
+        self.grow_per_update = check_count('grow_per_update', grow_per_update, 0)
+        self.branches = check_branches(branches)
+        self.init_scale = check_number('init_scale', init_scale)
+        self.calibration_batches = check_count('calibration_batches', calibration_batches, 0)
+        check_number('prune_threshold', prune_threshold)
+        self.prune_threshold = prune_threshold if check_flag('prune', prune) else None
+        self.max_depth = check_count('max_depth', max_depth, 1, MAX_DEPTH)
+        self.structure = check_start(structure)
+        self.seed = check_seed(seed)
+        self.recompute = check_flag('recompute', recompute)
+        self.stop_on_invalid_loss = check_flag('stop_on_invalid_loss', stop_on_invalid_loss)
         self._restored = False
         self._record = Record()
         self._transaction: Transaction | None = None
         self._sizes: SizeWatch | None = None
+        self._losses = LossWatch()
+        self._told_of_loss = False
+        self._cost: UpdateCost | None = None
         self._handle: Any = None
         self.rule = self.make_rule()
 
@@ -150,6 +155,12 @@ class DyRepHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         refuse_unsupported(runner)
+        if sum(isinstance(hook, DyRepHook) for hook in runner.hooks) > 1:
+            raise DyRepError(
+                'a run has one DyRepHook, and this config has several: set its options in one '
+                'place (where a base has default_hooks.dyrep, override keys of that instead of '
+                'adding to custom_hooks), and give all prefixes to one scope'
+            )
         for hook in runner.hooks:
             if isinstance(hook, EMAHook) and runner.hooks.index(hook) < runner.hooks.index(self):
                 raise DyRepError('DyRepHook must have a higher priority than EMAHook')
@@ -192,7 +203,10 @@ class DyRepHook(Hook):
             )
         if self._record.sizes is None:
             self._sizes = SizeWatch(model)
-        self._handle = optimizer_of(runner).register_step_pre_hook(self._on_step)
+        self._cost = UpdateCost(runner, self.interval, self.by_epoch, self.calibration_batches)
+        self._warn(runner, self._cost.foresee())
+        on_step = partial(self._on_step, runner)
+        self._handle = optimizer_of(runner).register_step_pre_hook(on_step)
 
     def after_train_iter(
         self,
@@ -201,14 +215,21 @@ class DyRepHook(Hook):
         data_batch: Any = None,
         outputs: dict | None = None,
     ) -> None:
-        self._check_loss(runner, outputs)
+        self._look_at_loss(runner, outputs)
+        if self._cost is not None:
+            self._cost.trained += 1
         if self._sizes is not None:
             self._record.sizes = from_rank_0(self._sizes.finish())
             self._sizes = None
         if not self.by_epoch:
             self._update_if_due(runner, runner.iter + 1, runner.max_iters)
+        elif not self.end_of_epoch(runner.train_dataloader, batch_idx):
+            # One that an epoch's end in the middle of gradient accumulation has left.
+            self._update_if_due(runner, runner.epoch, runner.max_epochs)
 
     def after_train_epoch(self, runner: Runner) -> None:
+        if self._looks_at_loss(runner):
+            self._read_losses(runner)  # before a checkpoint is saved
         if self.by_epoch:
             self._update_if_due(runner, runner.epoch + 1, runner.max_epochs)
 
@@ -221,6 +242,8 @@ class DyRepHook(Hook):
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+        if self._looks_at_loss(runner):
+            self._read_losses(runner)
 
     # What happens at them.
 
@@ -244,6 +267,14 @@ class DyRepHook(Hook):
                 f'got {type(runner.train_loop).__name__}: set by_epoch=False'
             )
         limit = runner.max_epochs if self.by_epoch else runner.max_iters
+        if self.interval is LEFT_OUT:
+            if not self.by_epoch:
+                advice = sensible_interval(runner, self.calibration_batches)
+                raise DyRepError(
+                    'interval has no default where iterations are counted: write, for example, '
+                    f'interval={advice} for the {limit} iterations of this training'
+                )
+            self.interval = INTERVAL
         if self.interval is not None and self.interval >= limit:
             raise DyRepError(
                 f'interval={self.interval} is never reached: training ends after {limit} '
@@ -259,50 +290,100 @@ class DyRepHook(Hook):
         return 'epoch' if self.by_epoch else 'iteration'
 
     def _check_that_something_can_change(self, model: nn.Module) -> None:
-        if blocks_of(model) or candidates(model, self.scope, self.max_depth, self.branches):
+        inside = (path for path in blocks_of(model) if in_scope(path, self.scope))
+        if any(inside) or candidates(model, self.scope, self.max_depth, self.branches):
             return
         reasons = [f'{p}: {why}' for p, why in survey(model, self.scope, self.branches).items()]
+        where = 'the model' if self.scope is None else f'scope {self.scope!r}'
         raise DyRepError(
-            f'no conv in scope {self.scope!r} can grow'
+            f'no conv in {where} can grow'
             + (f' ({"; ".join(reasons[:3])})' if reasons else ': it has no conv above 1x1')
         )
 
-    def _on_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    def _on_step(
+        self, runner: Runner, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict
+    ) -> None:
         # Here gradients are complete: accumulated, averaged over ranks, and unscaled.
-        if not self._ended:
+        if not self._is_over(runner):
             self.rule.observe(optimizer)
 
-    @property
-    def _ended(self) -> bool:
-        return self.end is not None and self._due > self.end
+    def _now(self, runner: Runner) -> int:
+        """Number of the present epoch or iteration, from 1."""
+        return (runner.epoch if self.by_epoch else runner.iter) + 1
+
+    def _is_over(self, runner: Runner) -> bool:
+        """Whether no update comes any more."""
+        return self.end is not None and max(self._due, self._now(runner)) > self.end
 
     @property
     def _due(self) -> int:
-        """Epoch or iteration of the next update: the next multiple of ``interval``."""
+        """Epoch or iteration whose end the next update waits for: the next multiple of
+        ``interval``."""
         return (self._record.last // self.interval + 1) * self.interval
 
-    def _update_if_due(self, runner: Runner, now: int, limit: int) -> None:
-        if self.interval is None or self._ended or (self.end is not None and now > self.end):
+    def _update_if_due(self, runner: Runner, passed: int, limit: int) -> None:
+        """Update, if there is reason to and the moment is right.
+
+        Args:
+            runner: At the end of an iteration or an epoch.
+            passed: How many epochs or iterations are complete.
+            limit: How many the training has.
+        """
+        if self.interval is None or self._is_over(runner):
             return
         # In the middle of gradient accumulation an update waits for the optimizer step.
-        if self._due <= now < limit and runner.optim_wrapper.should_update():
-            self.update(runner, now)
+        if not self._due <= passed < limit or not runner.optim_wrapper.should_update():
+            return
+        if self._read_losses(runner):
+            return  # the weights may be lost; if the step was skipped, another comes
+        start = time.monotonic()
+        plan = self.update(runner, self._now(runner))
+        self._record.last = passed
+        if plan.grow:
+            seconds = time.monotonic() - start
+            self._warn(runner, self._cost.measure(seconds))
 
-    def _check_loss(self, runner: Runner, outputs: dict | None) -> None:
-        loss = (outputs or {}).get('loss')
-        if not isinstance(loss, Tensor):
+    def _warn(self, runner: Runner, message: str | None) -> None:
+        if message is not None:
+            runner.logger.warning(f'DyRep: {message}')
+
+    def _looks_at_loss(self, runner: Runner) -> bool:
+        scores = self.interval is not None and not self._is_over(runner)
+        return scores or self.stop_on_invalid_loss
+
+    def _look_at_loss(self, runner: Runner, outputs: dict | None) -> None:
+        if not self._looks_at_loss(runner):
             return
-        # Reading a loss on an accelerator waits for it: there it is read once in a while.
-        if loss.device.type != 'cpu' and not self.every_n_train_iters(runner, 50):
-            return
-        if not math.isfinite(value := loss.item()):
+        self._losses.see((outputs or {}).get('loss'), runner.iter + 1)
+        # On an accelerator reading waits, and several ranks must agree: once in a while is enough.
+        if self._losses.is_free or self.every_n_train_iters(runner, 50):
+            self._read_losses(runner)
+
+    def _read_losses(self, runner: Runner) -> bool:
+        """Tell of a loss that was not finite, the same on every rank; whether the latest is."""
+        iteration, loss, latest = self._losses.read()
+        if iteration and self.stop_on_invalid_loss:
             raise DyRepError(
-                f'the loss is {value} at iteration {runner.iter + 1}: '
+                f'the loss is {loss} at iteration {iteration}: '
                 'training cannot go on from a loss that is not finite'
             )
+        if iteration and not self._told_of_loss:
+            self._told_of_loss = True
+            self._warn(
+                runner,
+                f'the loss is {loss} at iteration {iteration}; gradients that are not finite score '
+                'nothing, and updates wait for a finite loss (stop_on_invalid_loss=True ends the '
+                'run instead)',
+            )
+        return latest
 
     def update(self, runner: Runner, now: int) -> Plan:
-        """One update of Algorithm 1 (lines 6 to 11), the same on every rank."""
+        """One update of Algorithm 1 (lines 6 to 11), the same on every rank.
+
+        Args:
+            runner: Behind an optimizer step.
+            now: Number of the present epoch or iteration.
+        """
         record, transaction = self._record, self._transaction_of(runner)
         record.updates += 1
         generator = make_generator(self.seed, record.updates, 'scores')
@@ -311,18 +392,17 @@ class DyRepHook(Hook):
             record.warned = True
             runner.logger.warning(f'DyRep: {plan.remark}')
         transaction.change(plan, self.seed, record.updates)
-        record.last = now
-        record.journal.append(self._entry(plan, transaction.model))
+        record.journal.append(self._entry(plan, transaction.model, now))
         runner.logger.info(f'DyRep {record.journal[-1].summary()}')
         self.rule.watch(transaction.model)
         return plan
 
-    def _entry(self, plan: Plan, model: nn.Module) -> Entry:
+    def _entry(self, plan: Plan, model: nn.Module, now: int) -> Entry:
         blocks, sizes = blocks_of(model).values(), self._record.sizes
         return Entry(
             update=self._record.updates,
             unit=self._unit,
-            at=self._record.last,
+            at=now,
             grown=plan.grow,
             pruned=plan.prune,
             scores=plan.scores,

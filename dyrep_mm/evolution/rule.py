@@ -13,7 +13,7 @@ from torch import nn
 from dyrep_mm.evolution.saliency import Score, check_metric, make_score
 from dyrep_mm.surgery.candidates import candidates
 from dyrep_mm.surgery.structure import Plan, Structure
-from dyrep_mm.surgery.tree import Scope, blocks_of, get_module
+from dyrep_mm.surgery.tree import Scope, blocks_of, get_module, in_scope
 
 
 class Rule(Protocol):
@@ -40,7 +40,8 @@ class DyRepRule:
 
     Args:
         metric: Name of a registered score (section 4.1, A.3).
-        scope: Dotted prefix, or several, inside which convs may grow; everywhere by default.
+        scope: Dotted prefix, or several, inside which convs may grow and branches be pruned;
+            everywhere by default.
         branches: The operations that a block gets, as far as they fit; Table 1 by default.
         max_depth: How deep blocks may nest; None sets no limit.
         grow_per_update: How many of the best operations grow at once (Algorithm 1: 1).
@@ -89,7 +90,11 @@ class DyRepRule:
         """One update of Algorithm 1 (lines 8 to 10)."""
         return make_plan(
             self.score.means(generator) if self.score else {},
-            {path: block.importances() for path, block in blocks_of(model).items()},
+            {
+                path: block.importances()
+                for path, block in blocks_of(model).items()
+                if in_scope(path, self.scope)
+            },
             self.operations,
             count=self.grow_per_update,
             threshold=self.prune_threshold,

@@ -18,9 +18,15 @@ from dyrep_mm.evolution.record import Record
 from dyrep_mm.surgery.optimizer import check_optimizer
 from dyrep_mm.surgery.tree import blocks_of
 from support.checks import assert_equal_states
-from support.runs import PRUNING, resnet_config, resnet_runner, updates
+from support.runs import PRUNING, dyrep, resnet_config, resnet_runner, runner, updates
 
 HOOK = {**PRUNING, 'interval': 3}
+
+NAN, INF = float('nan'), float('inf')
+FLAGS = ('prune', 'recompute', 'stop_on_invalid_loss', 'by_epoch')
+COUNTS = ('interval', 'end', 'grow_per_update', 'calibration_batches', 'max_depth')
+NUMBERS = ('init_scale', 'prune_threshold')
+OPTIONS = (*FLAGS, *COUNTS, *NUMBERS, 'scope', 'metric', 'branches', 'structure', 'seed')
 
 
 def state_of(run) -> dict[str, torch.Tensor]:
@@ -190,14 +196,14 @@ def test_gradient_accumulation_scores_complete_gradients(tmp_path):
     hook = {**HOOK, 'interval': 5}
     run = resnet_runner(tmp_path, custom_hooks=[hook], iters=9, optim_wrapper=wrapper)
     counts = []
-    (dyrep,) = (h for h in run.hooks if isinstance(h, DyRepHook))
-    update = dyrep.update
+    hook = dyrep(run)
+    update = hook.update
 
     def spy(run, now):
-        counts.append((now, dyrep.rule.score.counts.unique().tolist()))
+        counts.append((now, hook.rule.score.counts.unique().tolist()))
         return update(run, now)
 
-    dyrep.update = spy
+    hook.update = spy
     run.train()
     # Due after iteration 5, in the middle of a window: the update waits for the step at 6.
     assert counts == [(6, [3.0])]
@@ -255,11 +261,101 @@ def test_test_uses_the_structure(tmp_path):
         ({'init_scale': float('nan')}, 'init_scale'),
         ({'prune_threshold': -0.1}, 'prune_threshold'),
         ({'end': -1}, 'end'),
+        *(({name: NAN}, name) for name in OPTIONS),
+        *(({name: object()}, name) for name in OPTIONS),
+        *(({name: ()}, name) for name in OPTIONS),
+        *(({name: value}, name) for name in FLAGS for value in ('no', 'False', 0, 1, [])),
+        *(({name: value}, name) for name in COUNTS for value in (True, '3', 1e3, INF, [1])),
+        *(({name: value}, name) for name in NUMBERS for value in (True, '3', INF, -INF, [1.0])),
+        *(
+            ({'scope': value}, 'scope')
+            for value in (5, True, [], [5], ['backbone', None], {'a': 1})
+        ),
+        *(({'structure': value}, 'structure') for value in (5, True, [], ['dbb'], '', b'dbb')),
+        ({'structure': {'backbone.conv1': 'kxk'}}, 'structure'),
+        ({'structure': {'backbone.conv1': ['kxk', 'nonsense']}}, 'nonsense'),
+        *(({'branches': value}, 'branches') for value in ([], ['kxk'], ['kxk', 'kxk'], 5, [5])),
+        *(({'metric': value}, 'metric') for value in (None, 5, ['snip'], {'snip': 1}, '')),
+        ({'by_epoch': 'iteration'}, 'by_epoch'),
     ],
 )
 def test_options_without_meaning(options, word):
-    with pytest.raises(DyRepError, match=word):
+    with pytest.raises(DyRepError, match=word) as error:
         DyRepHook(**options)
+    assert '\n' not in str(error.value)
+
+
+def test_the_name_of_an_option_without_a_class(tmp_path):
+    with pytest.raises(TypeError, match='intervall'):
+        runner(tmp_path, [{'type': 'dyrep_mm.DyRepHook', 'intervall': 1}])
+
+
+def test_a_structure_of_the_wrong_type_is_told_the_names():
+    with pytest.raises(DyRepError, match='dbb, dbb7, repvgg'):
+        DyRepHook(structure=5)
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {'scope': None},
+        {'scope': ('backbone', 'head')},
+        {'branches': ('1x1',)},
+        {'structure': Path('structure.json')},
+        {'seed': -1},
+        {'init_scale': 0},
+        {'prune_threshold': 1},
+        {'calibration_batches': 0, 'grow_per_update': 0, 'end': 0},
+        {'interval': None, 'by_epoch': None},
+    ],
+)
+def test_options_with_a_meaning(options):
+    DyRepHook(**options)
+
+
+def test_scope_none_is_everywhere(tmp_path):
+    run = runner(tmp_path, [{**PRUNING, 'scope': None}], iters=5)
+    run.train()
+    assert blocks_of(run.model)
+    assert dyrep(run).journal[0].scores.keys() == {
+        f'backbone.{name}' for name in ('conv1', 'conv2', 'conv3', 'dw')
+    }
+
+
+# One hook
+
+
+@pytest.mark.parametrize('where', ['twice', 'beside the base'])
+@pytest.mark.parametrize('scopes', [('backbone', 'backbone'), ('backbone.conv1', 'backbone.conv2')])
+def test_two_hooks_are_refused(tmp_path, where, scopes):
+    first, second = ({**PRUNING, 'scope': scope} for scope in scopes)
+    if where == 'twice':
+        run = runner(tmp_path, [first, second], iters=5)
+    else:
+        run = runner(tmp_path, [second], iters=5, default_hooks={'dyrep': first})
+    with pytest.raises(DyRepError, match=r'default_hooks\.dyrep') as error:
+        run.train()
+    assert '\n' not in str(error.value)
+    assert not list(tmp_path.glob('*.pth'))
+
+
+def test_scope_bounds_pruning(tmp_path):
+    """Blocks elsewhere, as a structure or a checkpoint brings them, stay as they are."""
+    names = ['kxk', '1x1', '1xk', 'kx1']
+    start = {f'backbone.{conv}': names for conv in ('conv1', 'conv2')}
+    hook = {**PRUNING, 'scope': 'backbone.conv2', 'structure': start, 'grow_per_update': 0}
+    run = runner(tmp_path, [hook], iters=7)
+    run.train()
+    pruned = [path for entry in dyrep(run).journal for path in entry.pruned]
+    assert set(pruned) == {'backbone.conv2'}
+    assert dyrep_mm.structure_of(run.model)['backbone.conv1'] == names
+
+
+def test_blocks_outside_of_the_scope_can_not_change(tmp_path):
+    start = {'backbone.conv1': ['kxk', '1x1', '1xk']}
+    hook = {**PRUNING, 'scope': 'head', 'structure': start}
+    with pytest.raises(DyRepError, match="no conv in scope 'head' can grow"):
+        runner(tmp_path, [hook], iters=7).train()
 
 
 @pytest.mark.parametrize(
@@ -286,7 +382,7 @@ def test_what_a_run_refuses(tmp_path, hook, word):
     assert not list(tmp_path.glob('*.pth'))
 
 
-def test_loss_that_is_not_finite_ends_the_run(tmp_path):
+def test_loss_that_is_not_finite_ends_the_run_if_told_to(tmp_path):
     settings = {
         'batch_size': 4,
         'num_workers': 0,
@@ -294,7 +390,8 @@ def test_loss_that_is_not_finite_ends_the_run(tmp_path):
         'dataset': {'type': 'Images', 'size': 32, 'packed': True, 'poison': 5},
         'sampler': {'type': 'DefaultSampler', 'shuffle': False},
     }
-    run = resnet_runner(tmp_path, hook=HOOK, epochs=5, train_dataloader=settings)
+    hook = {**HOOK, 'stop_on_invalid_loss': True}
+    run = resnet_runner(tmp_path, hook=hook, epochs=5, train_dataloader=settings)
     with pytest.raises(DyRepError, match='loss is nan at iteration 2'):
         run.train()
     assert not list(tmp_path.glob('*.pth'))

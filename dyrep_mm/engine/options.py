@@ -1,0 +1,113 @@
+"""The form of the hook's options: one sentence for each that has no meaning, when it is built."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dyrep_mm.errors import DyRepError
+from dyrep_mm.evolution.saliency import check_metric
+from dyrep_mm.reparam.branches import ORIGIN, check_operations
+from dyrep_mm.surgery.structure import PRESETS, check_structure
+from dyrep_mm.surgery.tree import Scope
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """``value`` if it is True or False.
+
+    Raises:
+        DyRepError: it is anything else; ``'no'`` would count as true.
+    """
+    if type(value) is not bool:
+        raise DyRepError(f'{name} must be True or False, got {value!r}')
+    return value
+
+
+def check_count(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """``value`` if it is an integer from ``least`` to ``most``, else ``DyRepError``."""
+    if type(value) is not int or value < least:
+        raise DyRepError(f'{name} must be an integer of at least {least}, got {value!r}')
+    if most is not None and value > most:
+        raise DyRepError(f'{name} must be at most {most}, got {value}')
+    return value
+
+
+def check_number(name: str, value: Any) -> float:
+    """``value`` if it is a finite number of at least 0, else ``DyRepError``."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0:
+        raise DyRepError(f'{name} must be a finite number of at least 0, got {value!r}')
+    return value
+
+
+def check_seed(seed: Any) -> int | None:
+    """``seed`` if it is an integer or None, else ``DyRepError``."""
+    if seed is not None and type(seed) is not int:
+        raise DyRepError(f"seed must be an integer, or None for the runner's, got {seed!r}")
+    return seed
+
+
+def check_prefixes(scope: Any) -> Scope:
+    """A scope as the surgery takes it; None is everywhere.
+
+    Raises:
+        DyRepError: it is no prefix and no list of them, or an empty list.
+    """
+    if scope is None or isinstance(scope, str):
+        return scope
+    if (
+        not isinstance(scope, (list, tuple))
+        or not scope
+        or not all(isinstance(prefix, str) for prefix in scope)
+    ):
+        raise DyRepError(
+            f'scope must be a dotted prefix, a list of them, or None for everywhere, got {scope!r}'
+        )
+    return list(scope)
+
+
+def check_score(metric: Any) -> str:
+    """``metric`` if a score is registered under it, else ``DyRepError``."""
+    if not isinstance(metric, str):
+        raise DyRepError(f'metric must be the name of a score, got {metric!r}')
+    check_metric(metric)
+    return metric
+
+
+def check_branches(branches: Any) -> list[str] | None:
+    """The operations that a grown conv gets, as a list; None is the default.
+
+    Raises:
+        DyRepError: a name is unknown, or no branch is among them: nothing would ever grow.
+    """
+    if branches is None:
+        return None
+    if not isinstance(branches, (list, tuple)):
+        raise DyRepError(f'branches must be a list of names, got {branches!r}')
+    check_operations(branches)
+    if not set(branches) - {ORIGIN}:
+        raise DyRepError(
+            f'branches must name an operation besides {ORIGIN}, got {list(branches)}; '
+            'interval=None is what never grows'
+        )
+    return list(branches)
+
+
+def check_start(structure: Any) -> str | os.PathLike | Mapping[str, Sequence[str]] | None:
+    """``structure`` if it can say what to start from; files are read when training starts.
+
+    Raises:
+        DyRepError: it is no name, no path and no mapping, or the mapping is no Structure.
+    """
+    if isinstance(structure, Mapping):
+        check_structure(structure)
+    elif structure is not None and (
+        not isinstance(structure, (str, os.PathLike)) or not os.fspath(structure)
+    ):
+        raise DyRepError(
+            f'structure must be a name ({", ".join(PRESETS)}), a file, or a mapping from paths to '
+            f'operations, got {structure!r}'
+        )
+    return structure

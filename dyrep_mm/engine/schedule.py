@@ -1,0 +1,106 @@
+"""How far apart updates should be, and the warning where they come too often."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from mmengine.dataset import InfiniteSampler
+from mmengine.dist import get_world_size
+from mmengine.runner import Runner
+
+#: Stands for an option that was not given, where None has a meaning of its own.
+LEFT_OUT: Any = ...
+
+#: t of the paper, in epochs (section 5.1).
+INTERVAL = 5
+
+#: The part of the time that updates may take.
+SHARE = 0.1
+
+
+def iterations_per_epoch(runner: Runner) -> int | None:
+    """Iterations in which all ranks together see the dataset once; None if it has no length."""
+    loader = runner.train_dataloader
+    try:
+        count = len(loader)
+    except TypeError:
+        return None
+    if isinstance(loader.sampler, InfiniteSampler):  # its length is that of the dataset
+        count = math.ceil(count / get_world_size())
+    return count
+
+
+def sensible_interval(runner: Runner, calibration_batches: int) -> int:
+    """An interval in iterations to start from: 5 epochs, as in the paper, or a twelfth of a
+    short training; far longer than the calibration, as long as the training has two of them."""
+    epoch = iterations_per_epoch(runner)
+    part = runner.max_iters // 12
+    whole = part if epoch is None else min(part, INTERVAL * epoch)
+    longest = max(1, runner.max_iters // 2)
+    return min(max(whole, round(calibration_batches / SHARE), 1), longest)
+
+
+class UpdateCost:
+    """Tells, once, when updates come too often for what they cost.
+
+    Args:
+        runner: At the start of training, or where it resumes.
+        interval: Between two updates.
+        by_epoch: Its unit.
+        calibration_batches: Of one update.
+
+    Attributes:
+        trained: Iterations since then; the hook counts them.
+    """
+
+    def __init__(self, runner: Runner, interval: int, by_epoch: bool, calibration_batches: int):
+        epoch = iterations_per_epoch(runner)
+        self.interval = interval
+        self.unit, self.size = ('epoch', epoch) if by_epoch else ('iteration', 1)
+        self.limit = runner.max_epochs if by_epoch else runner.max_iters
+        self.batches = calibration_batches if epoch is None else min(calibration_batches, epoch)
+        self.sensible = sensible_interval(runner, self.batches)
+        self.told = False
+        self.trained = 0
+        self.start = time.monotonic()
+
+    def foresee(self) -> str | None:
+        """What to say before training: a calibration is as long as what lies between two."""
+        if not self.batches or self.batches < self.interval * self.size:
+            return None
+        self.told = True
+        least = math.ceil(self.batches / SHARE / self.size)
+        return (
+            f'{self._present()} no longer than the calibration of an update, {self.batches} '
+            f'batches: {self._advice(max(least, self.sensible) if self.size == 1 else least)}'
+        )
+
+    def measure(self, update: float) -> str | None:
+        """What to say after the first update that grew: it took too large a part of the time.
+
+        Args:
+            update: Seconds that it took until now.
+        """
+        if self.told or not self.trained:
+            return None
+        self.told = True
+        iteration = (time.monotonic() - self.start - update) / self.trained
+        between = iteration * self.interval * self.size
+        if between <= 0 or update <= SHARE * (update + between):
+            return None
+        # Where the update takes SHARE of the time.
+        least = math.ceil(update * (1 / SHARE - 1) / (iteration * self.size))
+        return (
+            f'an update took {update:.1f} s, and {self._present()} {between:.1f} s long, so that '
+            f'updates take {update / (update + between):.0%} of the time: {self._advice(least)}'
+        )
+
+    def _present(self) -> str:
+        plural = '' if self.interval == 1 else 's'
+        return f'interval={self.interval}, {self.interval} {self.unit}{plural}, is'
+
+    def _advice(self, least: int) -> str:
+        fewer = 'fewer calibration_batches'
+        return f'write interval={least} or {fewer}' if least < self.limit else f'write {fewer}'
