@@ -80,6 +80,23 @@ def test_resumed_together(reports):
     assert first['again'] == second['again'] == first['whole'][6:]
 
 
+def test_a_loss_that_one_rank_sees(reports):
+    """All ranks wait together, and all say it."""
+    first, second = (report['loss'] for report in reports)
+    assert_in_step(first, second)
+    assert [entry['at'] for entry in first['journal']] == [2, 5, 6, 8]
+    assert first['said'] == second['said']
+    assert len(first['said']) == 1
+    assert 'the loss is nan at iteration 4;' in first['said'][0]
+
+
+def test_ranks_stop_together(reports):
+    first, second = (report['stop'] for report in reports)
+    assert first == second
+    assert first['iter'] == 3  # within iteration 4
+    assert first['said'].startswith('the loss is nan at iteration 4: training cannot go on')
+
+
 def test_wrappers_that_are_refused(reports):
     first, second = (report['refuse'] for report in reports)
     assert first == second

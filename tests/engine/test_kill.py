@@ -20,7 +20,11 @@ from support.checks import assert_equal_data
 from support.processes import start_worker
 
 KILLS = int(os.environ.get('DYREP_KILLS', '20'))
-LAST = {'iterations': 'iter_24.pth', 'epochs': 'epoch_6.pth'}
+LAST = {
+    'iterations': 'iter_24.pth',
+    'epochs': 'epoch_6.pth',
+    'accumulating': 'epoch_6.pth',
+}
 
 
 def start(work_dir: Path, kind: str, *mode: str) -> subprocess.Popen:

@@ -111,6 +111,35 @@ def test_an_iteration_that_overflows_counts_nothing(tmp_path, optimizer, count, 
         assert now['sums'].isfinite().all()
 
 
+@pytest.mark.usefixtures('_amp_on_cpu')
+@pytest.mark.parametrize('clip', [None, {'max_norm': 0.1}], ids=['', 'clip'])
+@pytest.mark.parametrize('optimizer', OPTIMIZERS, ids=identify)
+def test_a_loss_that_overflows_ends_no_run(tmp_path, optimizer, clip):
+    """The scaler skips its step and lowers the scale, as in a plain run; the update that was due
+    takes the next step."""
+    scales, said = [], []
+    for hooks in ([PRUNING], []):
+        wrapper = amp(optimizer, {'init_scale': 4096.0}, clip_grad=clip)
+        run = runner(tmp_path / str(len(hooks)), hooks, iters=7, every=100, optim_wrapper=wrapper)
+        run.logger.warning = lambda line, *_: said.append(line) if 'the loss is' in line else None
+        forward = run.model.forward
+
+        def overflow(*args, mode='tensor', run=run, forward=forward, **kwargs):
+            result = forward(*args, mode=mode, **kwargs)
+            late = mode == 'loss' and run.iter + 1 == 4
+            return {'loss': result['loss'] * float('inf')} if late else result
+
+        run.model.forward = overflow
+        run.train()
+        assert run.iter == 7
+        assert all(p.isfinite().all() for p in run.model.parameters())
+        scales.append(run.optim_wrapper.loss_scaler.get_scale())
+        if hooks:
+            assert [entry.at for entry in dyrep(run).journal] == [2, 5, 6]
+    assert scales == [2048.0, 2048.0]
+    assert len(said) == 1
+
+
 @pytest.mark.parametrize('clip', [None, {'max_norm': 0.05}], ids=['', 'clip'])
 @pytest.mark.parametrize('count', [1, 2, 3])
 def test_scores_are_of_the_complete_gradient(tmp_path, count, clip):

@@ -174,6 +174,33 @@ def case_accumulate(folder: Path, rank: int) -> dict:
     return finish(train(folder, optim_wrapper=wrapper, iters=10))
 
 
+def spoil(run, rank: int, at: int) -> None:
+    """Let the loss of iteration ``at`` be NaN, as far as the last rank knows."""
+
+    def nan(self, runner, batch_idx, data_batch=None, outputs=None):
+        if rank and runner.iter + 1 == at:
+            outputs['loss'] = torch.tensor(float('nan'))
+
+    run.register_hook(type('Spoil', (Hook,), {'after_train_iter': nan})(), 'VERY_HIGH')
+
+
+def case_loss(folder: Path, rank: int) -> dict:
+    """One rank alone has a loss that is not finite when an update is due."""
+    report, said = train(folder), []
+    run = report['run']
+    run.logger.warning = lambda line, *_: said.append(line)
+    spoil(run, rank, at=4)
+    report = finish(report)
+    return {**report, 'said': [line for line in said if 'the loss is' in line]}
+
+
+def case_stop(folder: Path, rank: int) -> dict:
+    """The same where the run shall end."""
+    run = train(folder, [{**PRUNING, 'stop_on_invalid_loss': True}])['run']
+    spoil(run, rank, at=4)
+    return {'said': refusal(run), 'iter': run.iter}
+
+
 def refusal(run) -> str:
     try:
         run.train()
