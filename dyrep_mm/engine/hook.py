@@ -337,11 +337,10 @@ class DyRepHook(Hook):
         if self._read_losses(runner):
             return  # the weights may be lost; if the step was skipped, another comes
         start = time.monotonic()
-        plan = self.update(runner, self._now(runner))
+        self.update(runner, self._now(runner))
         self._record.last = passed
-        if plan.grow:
-            seconds = time.monotonic() - start
-            self._warn(runner, self._cost.measure(seconds))
+        if self.journal[-1].grown:
+            self._warn(runner, self._cost.measure(time.monotonic() - start))
 
     def _warn(self, runner: Runner, message: str | None) -> None:
         if message is not None:
