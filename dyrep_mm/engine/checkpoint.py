@@ -52,8 +52,8 @@ def load_structure(source: str | Path | Mapping) -> Structure:
             raise DyRepError(f'structure file {source}: it is nested too deep') from None
     elif not os.path.isfile(source):
         raise DyRepError(
-            f'unknown structure {str(source)!r:.300}: choose from {", ".join(PRESETS)}, or name a '
-            'file that exists'
+            f'there is no checkpoint file {str(source)!r:.300} and no structure of that name: '
+            f'choose from {", ".join(PRESETS)}'
         )
     else:
         _, data = load_grown(source)

@@ -167,10 +167,8 @@ def restore(
         if state is not None:  # biases follow it
             kept = present.keys() - named_parts(model, present, state)
             structure |= {path: present[path] for path in kept}
-            present, structure = (
-                {path: names for path, names in each.items() if names}
-                for each in (present, structure)
-            )
+            structure = {path: names for path, names in structure.items() if names}
+            present = {p: names for p, names in present.items() if names or p in structure}
         try:
             gone = _make_plain(model, present, structure, undo)
             missing = {
