@@ -12,9 +12,8 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from dyrep_mm.engine.checkpoint import load_checkpoint
+from dyrep_mm.engine.checkpoint import load_checkpoint, structure_in
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.evolution.record import Record
 
 
 @contextmanager
@@ -74,7 +73,12 @@ def check_local(path: str | None, config: Config) -> None:
     ``config`` rebuilds, ends here."""
     if path is None or '://' in path:
         return
-    if Record.from_checkpoint(load_checkpoint(path)).structure and not has_hook(config):
+    checkpoint = load_checkpoint(path)
+    try:
+        structure = structure_in(checkpoint)
+    except DyRepError as error:
+        raise DyRepError(f'{path}: {error}') from None
+    if structure and not has_hook(config):
         raise DyRepError(
             f'{path} has a structure and {config.filename} no DyRepHook to rebuild it: '
             'add the hook to the config, or fuse the checkpoint with tools/fuse.py'

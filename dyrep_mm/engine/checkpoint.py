@@ -7,7 +7,7 @@ import logging
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,15 @@ from torch import Tensor, nn
 
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.evolution.record import Record
-from dyrep_mm.surgery.structure import Structure, check_structure
-from dyrep_mm.surgery.tree import blocks_of
+from dyrep_mm.surgery.structure import (
+    PRESETS,
+    Structure,
+    check_structure,
+    listed,
+    misfits,
+    structure_from_names,
+)
+from dyrep_mm.surgery.tree import blocks_of, named_parts, upwards
 
 
 def load_structure(source: str | Path | Mapping) -> Structure:
@@ -31,11 +38,23 @@ def load_structure(source: str | Path | Mapping) -> Structure:
     """
     if isinstance(source, Mapping):
         data: Any = source
+    elif not isinstance(source, (str, Path)):
+        raise DyRepError(
+            f'a structure is one of {", ".join(PRESETS)}, a mapping or a file, '
+            f'got a {type(source).__name__}'
+        )
     elif Path(source).suffix == '.json':
         try:
             data = json.loads(Path(source).read_text())
         except (OSError, ValueError) as error:
             raise DyRepError(f'structure file {source}: {error}') from None
+        except RecursionError:
+            raise DyRepError(f'structure file {source}: it is nested too deep') from None
+    elif not os.path.isfile(source):
+        raise DyRepError(
+            f'there is no checkpoint file {str(source)!r:.300} and no structure of that name: '
+            f'choose from {", ".join(PRESETS)}'
+        )
     else:
         _, data = load_grown(source)
     check_structure(data)
@@ -52,26 +71,108 @@ def load_grown(
         trust: Unpickle any class.
         advice: What a user with a checkpoint of a plain run should do.
 
+    Returns:
+        The checkpoint, with a ``state_dict`` and a ``meta`` in any case, and :func:`structure_in`
+        it.
+
     Raises:
         DyRepError: it cannot be read, or it is of a plain run.
     """
     checkpoint = load_checkpoint(path, trust=trust)
-    structure = Record.from_checkpoint(checkpoint).structure
+    try:
+        structure = structure_in(checkpoint)
+    except DyRepError as error:
+        raise DyRepError(f'{path}: {error}') from None
     if structure is None:
         raise DyRepError(f'{path} holds no structure: it is a checkpoint of a plain run{advice}')
-    return checkpoint, structure
+    if 'state_dict' not in checkpoint:
+        checkpoint = {'state_dict': checkpoint}
+    return {'meta': {}, **checkpoint}, structure
+
+
+def structure_in(checkpoint: Mapping[str, Any]) -> Structure | None:
+    """The Structure of the weights in a checkpoint, as their names tell; None for a plain run.
+
+    Biases that convs gained are in it where the checkpoint records them; without a record, the
+    model tells them, see :func:`dyrep_mm.surgery.rewire.restore`.
+
+    Raises:
+        DyRepError: it is no checkpoint, its record names other blocks than its weights, or its
+            weights are not all in the file.
+    """
+    recorded = Record.from_checkpoint(as_mapping(checkpoint)).structure
+    if recorded is not None and checkpoint.get('state_dict', {}) == {}:
+        return recorded  # a Structure, and no weights to be wrong about
+    weights = weights_of(checkpoint)
+    structure = structure_from_names(weights)
+    _check_that_all_is_there(structure, weights)
+    if recorded is None:
+        return structure or None
+    for path in sorted(recorded.keys() | structure.keys()):
+        said, seen = recorded.get(path), structure.get(path)
+        if said == [] and seen is None and f'{path}.bias' in weights:
+            continue
+        if seen is None or said is None or set(said) != set(seen):
+            raise DyRepError(
+                'the structure record of the checkpoint is not that of its weights: '
+                f'{path!r:.200} has {said or "no operations"} in the one and '
+                f'{seen or "no operations"} in the other'
+            )
+    return recorded
+
+
+def _check_that_all_is_there(structure: Structure, weights: Mapping[str, Tensor]) -> None:
+    """Raise ``DyRepError`` if the tensors of blocks are larger than what the file holds of them: a
+    small file must not make large blocks."""
+    inside = [
+        (name, tensor)
+        for name, tensor in weights.items()
+        if any(parent in structure for parent in upwards(name))
+    ]
+    for name, tensor in inside:
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise DyRepError(f'{name!r:.200} is not a dense tensor with values')
+    storages = [tensor.untyped_storage() for _, tensor in inside]
+    held = sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+    needed = sum(tensor.numel() * tensor.element_size() for _, tensor in inside)
+    if needed > held:
+        raise DyRepError(f'the blocks have {needed} bytes and the file has {held} bytes of them')
+
+
+def as_mapping(checkpoint: Any) -> Mapping[str, Any]:
+    """``checkpoint`` itself.
+
+    Raises:
+        DyRepError: it is something else than a mapping.
+    """
+    if not isinstance(checkpoint, Mapping):
+        raise DyRepError(f'the file holds a {type(checkpoint).__name__}, a checkpoint is a dict')
+    return checkpoint
 
 
 def weights_of(checkpoint: Mapping[str, Any], prefix: str = '') -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, those of DDP and those below ``prefix`` without it.
 
+    Args:
+        checkpoint: As mmengine writes it, or a bare ``state_dict``.
+        prefix: Part of the names.
+
     Raises:
-        DyRepError: it holds no ``state_dict``.
+        DyRepError: it holds no ``state_dict``, or one that is of no model.
     """
+    checkpoint = as_mapping(checkpoint)
     state = checkpoint.get('state_dict', checkpoint)
     if not isinstance(state, Mapping):
-        raise DyRepError('the checkpoint holds no state_dict')
-    return below(prefix, {name.removeprefix('module.'): t for name, t in state.items()})
+        raise DyRepError(f'the state_dict of the checkpoint is a {type(state).__name__}')
+    for name in state:
+        if not isinstance(name, str):
+            raise DyRepError(
+                f'the names in the checkpoint must be strings, one is a {type(name).__name__}'
+            )
+    tensors = {n.removeprefix('module.'): t for n, t in state.items() if isinstance(t, Tensor)}
+    if not tensors:
+        raise DyRepError('the checkpoint holds no state_dict with tensors')
+    return below(prefix, tensors)
 
 
 def below(prefix: str, names: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +192,7 @@ def load_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
         DyRepError: the file is missing, truncated, holds other classes, or no checkpoint.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # a name that no file can have is no error for it
         raise DyRepError(f'there is no checkpoint file {path}')
     # What mmengine's own message hub pickles to; the original line has no such list.
     allowed = getattr(mmengine_checkpoint, 'get_torch_safe_globals', lambda: [HistoryBuffer])
@@ -144,27 +245,43 @@ def latest_checkpoint(work_dir: str | Path) -> str | None:
     return None if newest is None else str(newest)
 
 
-def check_keys(model: nn.Module, checkpoint: dict, resume: bool) -> None:
-    """Refuse a checkpoint whose weights are not this model's: mmengine would only warn.
+def check_weights(model: nn.Module, state: Mapping[str, Tensor], resume: bool) -> None:
+    """Refuse weights that are not this model's: mmengine would only warn.
 
     Args:
-        model: In the structure of the checkpoint.
-        checkpoint: As it was read.
-        resume: Whether all weights must be there, or those of blocks alone.
+        model: In the structure of the weights.
+        state: By name, see :func:`weights_of`.
+        resume: Whether all weights must be there, or those of the blocks that it names.
     """
-    names, own = weights_of(checkpoint).keys(), model.state_dict().keys()
-    inner = {f'{path}.' for path in blocks_of(model)}
-    missing = sorted(
-        name for name in own - names if resume or any(name.startswith(prefix) for prefix in inner)
-    )
-    if not own & names:
+    own = model.state_dict()
+    if own.keys().isdisjoint(state):
         raise DyRepError(
             f'the checkpoint is of another model: no name in it is one of {type(model).__name__}'
         )
-    if missing:
+    inside = named_parts(model, blocks_of(model), state)
+    blocks = {name: t for name, t in own.items() if not inside.isdisjoint(upwards(name))}
+    wrong = misfits(blocks, state)
+    if resume:
+        rest = {name: tensor for name, tensor in own.items() if name not in blocks}
+        wrong += [f'{name} is missing' for name in rest if name not in state]
+        # A buffer may have another shape from one iteration to the next.
+        trained = {name: t for name, t in model.named_parameters() if name in rest}
+        wrong += misfits({name: t for name, t in trained.items() if name in state}, state)
+    if wrong:
+        raise DyRepError(f'the checkpoint is not of this model: {listed(wrong)}')
+
+
+def check_resumable(checkpoint: Mapping[str, Any]) -> None:
+    """Raise ``DyRepError`` if a checkpoint holds weights and no run."""
+    meta = checkpoint.get('meta')
+    known = meta if isinstance(meta, Mapping) else {}
+    lacking = [f'meta.{name}' for name in ('epoch', 'iter') if name not in known]
+    if 'message_hub' not in checkpoint:
+        lacking.append('message_hub')
+    if lacking:
         raise DyRepError(
-            f'the checkpoint lacks {len(missing)} tensors of the model, {missing[0]} first: '
-            'it is of another model, or its structure record is not its own'
+            f'no run can resume from this checkpoint, it has no {lacking[0]}: '
+            'load_from (resume=False) starts from its weights'
         )
 
 
@@ -177,21 +294,28 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str | P
         source: Where they come from.
     """
     own = model.state_dict()
-    wrong = [
-        *(f'{name} is missing' for name in own if name not in state),
-        *(f'{name} is unknown' for name in state if name not in own),
-        *(
-            f'{name} has shape {tuple(state[name].shape)} instead of {tuple(tensor.shape)}'
-            for name, tensor in own.items()
-            if name in state and state[name].shape != tensor.shape
-        ),
-    ]
+    wrong = [*misfits(own, state), *(f'{name} is unknown' for name in state if name not in own)]
     if wrong:
-        raise DyRepError(
-            f'{source} is not of this model: {"; ".join(wrong[:3])}'
-            + (f' and {len(wrong) - 3} more' if len(wrong) > 3 else '')
-        )
+        raise DyRepError(f'{source} is not of this model: {listed(wrong)}')
     model.load_state_dict(state)
+
+
+class Once:
+    """Lets a model tell, once, what it is about to load, after mmengine has renamed it.
+
+    Used up, it can stay on the model: a copy or a pickle of it holds nothing.
+
+    Args:
+        call: Takes the ``state_dict``.
+    """
+
+    def __init__(self, call: Callable[[dict[str, Any]], None]):
+        self.call: Callable[[dict[str, Any]], None] | None = call
+
+    def __call__(self, _module: nn.Module, state: dict[str, Any], *_: Any) -> None:
+        call, self.call = self.call, None
+        if call is not None:
+            call(state)
 
 
 def save_atomically(checkpoint: dict[str, Any], path: str | Path) -> None:

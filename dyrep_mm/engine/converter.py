@@ -178,7 +178,7 @@ def fuse_checkpoint(
         raise DyRepError(f'{folder} is no folder to write {Path(out).name} into')
     cfg = Config.fromfile(config)
     model = build_model(cfg)
-    restore(model, structure)
+    restore(model, structure, weights_of(loaded))
     load_strictly(model, weights_of(loaded), checkpoint)
     weights = 'EMA weights' if 'ema_state_dict' in loaded else 'weights'
     blocks = len(blocks_of(model))

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
-from torch import nn
+from torch import Tensor, nn
 
-from dyrep_mm.engine.checkpoint import check_keys, load_structure
+from dyrep_mm.engine.checkpoint import (
+    Once,
+    check_resumable,
+    check_weights,
+    load_structure,
+    structure_in,
+    weights_of,
+)
 from dyrep_mm.engine.losses import LossWatch
 from dyrep_mm.engine.options import (
     check_branches,
@@ -43,7 +50,14 @@ from dyrep_mm.registry import HOOKS
 from dyrep_mm.surgery.candidates import candidates, preset, survey
 from dyrep_mm.surgery.cost import SizeWatch, multiply_adds
 from dyrep_mm.surgery.rewire import INIT_SCALE, absent, structure_errors
-from dyrep_mm.surgery.structure import MAX_DEPTH, PRESETS, Plan, structure_of
+from dyrep_mm.surgery.structure import (
+    MAX_DEPTH,
+    PRESETS,
+    Plan,
+    Structure,
+    structure_from_names,
+    structure_of,
+)
 from dyrep_mm.surgery.tree import blocks_of, check_scope, get_module, in_scope
 
 
@@ -125,7 +139,8 @@ class DyRepHook(Hook):
         self.seed = check_seed(seed)
         self.recompute = check_flag('recompute', recompute)
         self.stop_on_invalid_loss = check_flag('stop_on_invalid_loss', stop_on_invalid_loss)
-        self._restored = False
+        self._started = False
+        self._loading: Any = None
         self._record = Record()
         self._transaction: Transaction | None = None
         self._sizes: SizeWatch | None = None
@@ -169,19 +184,60 @@ class DyRepHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         refuse_unsupported(runner)  # FlexibleRunner loads before before_run
-        record, model = Record.from_checkpoint(checkpoint), unwrap(runner.model)
-        if record.structure:
-            self._transaction_of(runner).restore(record.structure)
+        structure, weights = structure_in(checkpoint), weights_of(checkpoint)
+        # Once there are weights, load_checkpoint is a call of the user's own.
+        resumes = runner._resume and not runner._has_loaded
+        if resumes:
+            check_resumable(checkpoint)
+            self._record = Record.from_checkpoint(checkpoint)
+        else:
+            self._record.scores = None
         # A resumed run had its start already, also if it has not grown yet.
-        self._restored = bool(record.structure) or (runner._resume and record.structure is not None)
+        self._started = bool(structure) or (resumes and structure is not None)
+        checkpoint.setdefault('state_dict', weights)  # where EMAHook looks for it
+        refused: DyRepError | None = None
+        try:
+            self._receive(runner, structure or {}, weights, resumes)
+        except DyRepError as error:
+            if resumes:
+                raise
+            refused = error  # unless runner.load_checkpoint(revise_keys=...) renames after this
+
+        def on_load(state: dict[str, Any]) -> None:
+            renamed = weights_of(state)
+            if renamed.keys() == weights.keys():
+                if refused is not None:
+                    raise refused
+                return
+            structure = structure_from_names(renamed)
+            self._receive(runner, structure, renamed, resumes)
+            self._started = bool(structure)
+
+        self._await_load(unwrap(runner.model), on_load)
+
+    def _await_load(self, model: nn.Module, call: Callable[[dict], None] | None) -> None:
+        """Call with the names and weights that ``model`` is about to load, once."""
+        if self._loading is not None:
+            self._loading.remove()
+        self._loading = call and model.register_load_state_dict_pre_hook(Once(call))
+
+    def _receive(
+        self, runner: Runner, structure: Structure, weights: dict[str, Tensor], resumes: bool
+    ) -> None:
+        """Make the model such that it can take these weights, or refuse them."""
+        transaction = self._transaction_of(runner)
+        model = transaction.model
+        changed = transaction.restore(structure, weights)
+        check_weights(model, weights, resumes)
         for path, handover in handovers_in(model).items():
             handover.finish(get_module(model, path))  # the weights that are loaded last win
-        check_keys(model, checkpoint, runner._resume)
-        if runner._resume:
-            self._record = record
+        if changed and not resumes and self.rule.state_dict() is not None:
+            self.rule.watch(model)
 
     def before_train(self, runner: Runner) -> None:
         model = unwrap(runner.model)
+        self._await_load(model, None)
+        self._stop_scoring()  # of a training that did not end
         check_scope(model, self.scope)
         runner.model.train()  # the library's own train() says what is frozen
         # With diff_rank_seed every rank has another; branches must be the same.
@@ -189,8 +245,9 @@ class DyRepHook(Hook):
         self._choose_unit(runner)
         for path, handover in handovers_in(model).items():
             self._take_over(runner, path, handover)
-        if self.structure is not None and not self._restored:
+        if self.structure is not None and not self._started:
             self._start(runner)
+        self._started = True
         if self.interval is None:
             return
         self._check_that_something_can_change(model)
@@ -239,11 +296,15 @@ class DyRepHook(Hook):
         self._record.to_checkpoint(checkpoint)
 
     def after_train(self, runner: Runner) -> None:
+        self._record.scores = self.rule.state_dict()  # where another train() goes on
+        self._stop_scoring()
+        if self._looks_at_loss(runner):
+            self._read_losses(runner)
+
+    def _stop_scoring(self) -> None:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
-        if self._looks_at_loss(runner):
-            self._read_losses(runner)
 
     # What happens at them.
 
@@ -428,7 +489,10 @@ class DyRepHook(Hook):
         transaction = self._transaction_of(runner)
         module = get_module(transaction.model, path)
         below = f'{path}.' if path else ''
-        transaction.restore({below + p: names for p, names in handover.structure.items()})
+        present = structure_of(transaction.model)
+        outside = {p: names for p, names in present.items() if not in_scope(p, path)}
+        inside = {below + p: names for p, names in handover.structure.items()}
+        transaction.restore({**outside, **inside})
         module.load_state_dict(handover.state)
         handover.finish(module)
         runner.logger.info(

@@ -108,7 +108,7 @@ def _give(
     for path in geometry:
         conv = get_module(module, path)
         conv.stride = conv.dilation = (1, 1)
-    restore(module, structure)
+    restore(module, structure, state)
     own = module.state_dict().keys()
     load_strictly(module, {name: state[name] for name in own if name in state}, 'this part')
     absorbed = {}

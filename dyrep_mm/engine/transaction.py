@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from mmengine.runner import Runner
+from torch import Tensor
 
 from dyrep_mm.engine.batches import calibration_batches, calibration_forward, random_state_kept
 from dyrep_mm.engine.runner import (
@@ -101,15 +103,25 @@ class Transaction:
             raise RuntimeError(traceback.format_exc()) from None
         return blocks
 
-    def restore(self, structure: Structure) -> None:
-        """Give the model and its averages a structure whose weights are loaded afterwards.
+    def restore(self, structure: Structure, state: Mapping[str, Tensor] | None = None) -> bool:
+        """Give the model and its averages exactly a structure whose weights are loaded afterwards.
+
+        Args:
+            structure: See :func:`dyrep_mm.surgery.rewire.restore`.
+            state: See there.
+
+        Returns:
+            Whether anything changed.
 
         Raises:
-            DyRepError: the structure does not fit the model.
+            DyRepError: the structure or the state does not fit the model.
         """
-        for module in (self.model, *(averaged.module for averaged in self.averages)):
-            restore(module, structure)
+        if not restore(self.model, structure, state):
+            return False
+        for averaged in self.averages:
+            restore(averaged.module, structure, state)
         self.follow()
+        return True
 
     def follow(self) -> None:
         """Update everything that refers to the model's parameters: averages, optimizer, DDP."""

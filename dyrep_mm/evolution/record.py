@@ -146,9 +146,12 @@ class Record:
             **{f.name: progress[f.name] for f in fields(cls)[2:] if f.name in progress},
         )
         counts = record.updates, record.last
-        _check(all(type(n) is int and n >= 0 for n in counts), f'counts {counts}')
-        _check(record.by_epoch in (None, True, False), f'by_epoch {record.by_epoch!r}')
-        _check(type(record.warned) is bool, f'warned {record.warned!r}')
+        _check(all(type(n) is int and n >= 0 for n in counts), f'counts {counts!r:.200}')
+        _check(
+            record.by_epoch is None or type(record.by_epoch) is bool,
+            f'by_epoch {record.by_epoch!r:.200}',
+        )
+        _check(type(record.warned) is bool, f'warned {record.warned!r:.200}')
         _check(record.scores is None or isinstance(record.scores, Mapping), 'scores')
         if record.sizes is not None:
             _check(are_sizes(record.sizes), 'sizes')

@@ -170,15 +170,23 @@ class GradientScore:
         Raises:
             DyRepError: the data is malformed.
         """
-        if state.get('metric') != self.metric or state.get('paths') != self.paths:
+        metric, paths = state.get('metric'), state.get('paths')
+        if not isinstance(metric, str) or not isinstance(paths, list):
+            return False
+        if metric != self.metric or paths != self.paths:
             return False
         for name, own in (('sums', self.sums), ('counts', self.counts)):
             saved = state.get(name)
-            if not isinstance(saved, Tensor) or saved.shape != own.shape:
+            if not isinstance(saved, Tensor) or _form_of(saved) != _form_of(own):
                 raise DyRepError(f'the scores of the checkpoint are malformed: {name}')
             own.copy_(saved)
         self.started = bool(state['counts'].any())
         return True
+
+
+def _form_of(tensor: Tensor) -> tuple:
+    """What two tensors must have in common for one to take the values of the other."""
+    return tensor.shape, tensor.dtype, tensor.layout, tensor.is_meta
 
 
 def synflow(weights: list[Tensor], grads: list[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from dyrep_mm.reparam.block import origin_of
 from dyrep_mm.surgery.structure import altered
-from dyrep_mm.surgery.tree import neighbour_norm
+from dyrep_mm.surgery.tree import any_norm, near_norm
 
 
 def donors(model: nn.Module) -> dict[Parameter, list[Parameter]]:
@@ -26,8 +26,9 @@ def donors(model: nn.Module) -> dict[Parameter, list[Parameter]]:
     the BN beside the block.
     """
     result: dict[Parameter, list[Parameter]] = {}
+    spare = any_norm(model)
     for path, module in altered(model).items():
-        origin, norm = origin_of(module), neighbour_norm(model, path)
+        origin, norm = origin_of(module), near_norm(model, path) or spare
         for name, parameter in module.named_parameters():
             if parameter is origin.weight:
                 continue

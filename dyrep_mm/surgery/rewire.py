@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.reparam.block import Block, gain_bias, lose_bias
+from dyrep_mm.reparam.block import Block, gain_bias, has_gained_bias, lose_bias, origin_of
 from dyrep_mm.reparam.branches import ORIGIN, check_operations
 from dyrep_mm.reparam.norms import norm_like
 from dyrep_mm.surgery.candidates import holders_of, obstacle, preset
-from dyrep_mm.surgery.structure import Plan, Structure, check_structure, structure_of
+from dyrep_mm.surgery.structure import (
+    Plan,
+    Structure,
+    check_structure,
+    listed,
+    misfits,
+    structure_of,
+)
 from dyrep_mm.surgery.tree import (
     Scope,
+    any_norm,
     blocks_of,
     check_scope,
     get_module,
-    neighbour_norm,
+    named_parts,
+    near_norm,
     replace,
+    upwards,
 )
 
 #: Importance of a new branch relative to its conv (section 4.1).
 INIT_SCALE = 0.01
+
+# A Structure without weights may come from a stranger's file. With every operation in every conv,
+# three blocks deep, a model is 27 times as large.
+MAX_GROWTH = 64
 
 Blocks = dict[str, Block]
 
@@ -119,17 +136,102 @@ def expand(
     return model
 
 
-def restore(model: nn.Module, structure: Structure) -> Blocks:
-    """Give ``model`` a Structure whose weights are loaded afterwards; all of it or nothing.
+def restore(
+    model: nn.Module, structure: Structure, state: Mapping[str, Tensor] | None = None
+) -> bool:
+    """Give ``model`` exactly a Structure; weights are loaded afterwards. All of it or nothing.
+
+    Blocks that the structure has not become their conv again, blocks with other operations are
+    made anew; a conv stays the same object, and so does a block that is in both.
+
+    Args:
+        model: Plain or with blocks.
+        structure: What it shall have.
+        state: The weights that are loaded afterwards. Names and shapes of each block are compared
+            before the block is put in. A conv whose bias is in ``state`` and not in the plain model
+            gains it, whatever ``structure`` says of biases. What ``state`` does not name stays as
+            it is.
 
     Returns:
-        The blocks that were inserted, by path.
+        Whether anything changed.
 
     Raises:
-        DyRepError: the structure does not fit the model, which is then as it was.
+        DyRepError: the structure does not fit the model, or the state does not fit the structure;
+            the model is then as it was.
     """
+    undo: list[Callable[[], None]] = []
     with structure_errors():
-        return insert(model, absent(model, structure), lambda _: Generator())
+        check_structure(structure)
+        present, structure = structure_of(model), dict(structure)
+        biased = [path for path, names in structure.items() if not names]
+        if state is not None:  # biases follow it
+            kept = present.keys() - named_parts(model, present, state)
+            structure |= {path: present[path] for path in kept}
+            structure = {path: names for path, names in structure.items() if names}
+            present = {p: names for p, names in present.items() if names or p in structure}
+        try:
+            gone = _make_plain(model, present, structure, undo)
+            missing = {
+                path: names
+                for path, names in structure.items()
+                if path not in present or not gone.isdisjoint(upwards(path))
+            }
+            insert(model, missing, lambda _: Generator(), state)
+            if state is not None:
+                _follow_biases(model, state, undo)
+            for path in biased:
+                if not has_gained_bias(get_module(model, path)):
+                    raise DyRepError(f'{path} is not a conv without bias')
+        except DyRepError:
+            for step in reversed(undo):
+                step()
+            raise
+    return bool(undo or missing)
+
+
+def _make_plain(
+    model: nn.Module, present: Structure, wanted: Structure, undo: list[Callable[[], None]]
+) -> set[str]:
+    """Make convs of the blocks that ``wanted`` has otherwise or not at all; returns their paths."""
+    gone: set[str] = set()
+    for path, names in present.items():  # outer ones before the ones inside them
+        if not gone.isdisjoint(upwards(path)):
+            continue
+        if path in wanted and set(wanted[path]) == set(names):
+            continue
+        module = get_module(model, path)
+        conv = origin_of(module)
+        if module is not conv:
+            replace(model, path, conv)
+            undo.append(partial(replace, model, path, module))
+        if has_gained_bias(conv):
+            undo.append(partial(_regain, conv, conv.bias))
+            lose_bias(conv)
+        gone.add(path)
+    return gone
+
+
+def _regain(conv: nn.Conv2d, bias: nn.Parameter) -> None:
+    gain_bias(conv)
+    conv.bias = bias
+
+
+def _follow_biases(
+    model: nn.Module, state: Mapping[str, Tensor], undo: list[Callable[[], None]]
+) -> None:
+    """Let every conv have the gained bias that ``state`` holds, and no other."""
+    for path, conv in model.named_modules():
+        if not isinstance(conv, nn.Conv2d) or math.prod(conv.kernel_size) == 1:
+            continue
+        weight, bias = (state.get(f'{path}.{name}') for name in ('weight', 'bias'))
+        if weight is None or weight.shape != conv.weight.shape:
+            continue
+        if bias is None and has_gained_bias(conv):
+            undo.append(partial(_regain, conv, conv.bias))
+            lose_bias(conv)
+        elif conv.bias is None and bias is not None and bias.shape == (conv.out_channels,):
+            gain_bias(conv)
+            undo.append(partial(lose_bias, conv))
 
 
 def rewire(
@@ -210,19 +312,36 @@ def insert(
     model: nn.Module,
     structure: Mapping[str, Sequence[str] | None],
     generator: Callable[[str], Generator | None] = lambda _: None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> Blocks:
     """Put blocks, not settled yet, around convs, outer ones first; all of them or none.
 
-    See :func:`rewire` for the arguments.
+    It takes as long as there are blocks and modules: the model is walked once.
+
+    Args:
+        model: See :func:`rewire`.
+        structure: See :func:`rewire`.
+        generator: See :func:`rewire`.
+        state: Has the tensors of the blocks by name; without it their size is bounded by that of
+            the model.
     """
     blocks: Blocks = {}
     gained: list[nn.Conv2d] = []
+    holders, spare = holders_of(model), any_norm(model)
+    room = MAX_GROWTH * sum(parameter.numel() for parameter in model.parameters())
     try:
         for path in sorted(structure, key=lambda path: path.count('.')):
             names = structure[path]
             if names is None or len(names):
-                blocks[path] = _make_block(model, path, names, generator(path))
-                replace(model, path, blocks[path])
+                block = _make_block(model, path, names, generator(path), holders, spare)
+                if state is not None:
+                    _check_state(path, block, structure, state)
+                else:
+                    room -= sum(p.numel() for branch in block.added for p in branch.parameters())
+                if room < 0:
+                    raise DyRepError(f'it makes the model more than {MAX_GROWTH} times as large')
+                blocks[path] = block
+                replace(model, path, block)
             else:
                 conv = get_module(model, path)
                 if not isinstance(conv, nn.Conv2d) or conv.bias is not None:
@@ -239,19 +358,37 @@ def insert(
 
 
 def _make_block(
-    model: nn.Module, path: str, branches: Sequence[str] | None, generator: Generator | None
+    model: nn.Module,
+    path: str,
+    branches: Sequence[str] | None,
+    generator: Generator | None,
+    holders: Mapping[int, int],
+    spare: _BatchNorm | None,
 ) -> Block:
+    """A block around the conv at ``path``; its norms are like the one beside it, else ``spare``."""
     conv = get_module(model, path)
     if not isinstance(conv, nn.Conv2d):
         raise DyRepError(f'{path} is a {type(conv).__name__}, only a conv can grow')
     if not path:
         raise DyRepError('the model itself is the conv: only a conv inside a model can grow')
-    if reason := obstacle(model, path, conv, holders_of(model)):
+    if reason := obstacle(model, path, conv, holders):
         raise DyRepError(f'{path} cannot grow: {reason}')
     try:
-        return Block(conv, branches, norm_like(neighbour_norm(model, path)), generator)
+        return Block(conv, branches, norm_like(near_norm(model, path) or spare), generator)
     except DyRepError as error:
         raise DyRepError(f'{path} cannot grow: {error}') from None
+
+
+def _check_state(
+    path: str, block: Block, structure: Mapping[str, Sequence[str]], state: Mapping[str, Tensor]
+) -> None:
+    """Raise ``DyRepError`` unless ``state`` has what the block at ``path`` holds, but for convs
+    that become blocks in their turn."""
+    own = block.state_dict(prefix=f'{path}.')
+    inner = {name for name in own if structure.get(name.rpartition('.')[0])}
+    wrong = misfits({name: tensor for name, tensor in own.items() if name not in inner}, state)
+    if wrong:
+        raise DyRepError(listed(wrong))
 
 
 @contextmanager

@@ -5,7 +5,7 @@ A path is a dotted module name, a model any ``nn.Module``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -19,15 +19,18 @@ Scope = str | Sequence[str] | None
 
 
 def get_module(model: nn.Module, path: str) -> nn.Module:
-    """The module at ``path``.
+    """The module at ``path``, by the names under which modules are registered.
 
     Raises:
         DyRepError: there is none.
     """
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        raise DyRepError(f'{type(model).__name__} has no module named {path!r}') from None
+    module = model
+    for name in path.split('.') if path else ():
+        # Not `getattr`: a property such as `Block.origin` is a second name of a module.
+        module = module._modules.get(name)
+        if module is None:
+            raise DyRepError(f'{type(model).__name__} has no module named {path!r:.300}')
+    return module
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -46,7 +49,7 @@ def ancestors(model: nn.Module, path: str) -> Iterator[nn.Module]:
     module = model
     for name in path.split('.') if path else ():
         yield module
-        module = getattr(module, name)
+        module = module._modules[name]
 
 
 def depth_of(model: nn.Module, path: str) -> int:
@@ -61,6 +64,19 @@ def outermost(model: nn.Module, path: str) -> str:
         if isinstance(module, Block):
             return '.'.join(names[:i])
     return path
+
+
+def upwards(path: str) -> Iterator[str]:
+    """``path`` and the paths of what contains it, but for the model."""
+    while path:
+        yield path
+        path = path.rpartition('.')[0]
+
+
+def named_parts(model: nn.Module, parts: Iterable[str], state: Iterable[str]) -> set[str]:
+    """Those of the blocks and convs at ``parts`` of which ``state`` names any tensor."""
+    named = {path for name in state for path in upwards(name)}
+    return {path for path in parts if outermost(model, path) in named}
 
 
 def in_scope(path: str, scope: Scope) -> bool:
@@ -84,19 +100,26 @@ def check_scope(model: nn.Module, scope: Scope) -> None:
 def neighbour_norm(model: nn.Module, path: str) -> _BatchNorm | None:
     """The BN beside the conv or block at ``path``: the model for the BNs of its branches.
 
-    Among its siblings the next one of as many channels, else an earlier one, else any BN of
-    the model. The norm gives class, ``eps``, ``momentum`` and mode of new norms, and decides their
-    group in the optimizer.
+    It is :func:`near_norm`, else :func:`any_norm`. The norm gives class, ``eps``, ``momentum`` and
+    mode of new norms, and decides their group in the optimizer.
     """
+    return near_norm(model, path) or any_norm(model)
+
+
+def near_norm(model: nn.Module, path: str) -> _BatchNorm | None:
+    """Among the siblings of the conv or block at ``path`` the next BN of as many channels, else an
+    earlier one."""
     path = outermost(model, path)
     channels = get_module(model, path).out_channels
     parent, _, name = path.rpartition('.')
     siblings = list(get_module(model, parent).named_children())
     at = [sibling for sibling, _ in siblings].index(name)
     near = [module for _, module in siblings[at + 1 :] + siblings[:at]]
-    for module in near:
-        if takes_images(module) and module.num_features == channels:
-            return module
+    return next((m for m in near if takes_images(m) and m.num_features == channels), None)
+
+
+def any_norm(model: nn.Module) -> _BatchNorm | None:
+    """The first BN of ``model`` that no block contains; a walk over the whole model."""
     inside = {id(m) for block in blocks_of(model).values() for m in block.modules()}
     return next((m for m in model.modules() if takes_images(m) and id(m) not in inside), None)
 

@@ -211,16 +211,19 @@ def test_says_what_does_not_fit(tmp_path, damage, words):
     _, checkpoint = classifier(tmp_path)
     saved = load_checkpoint(checkpoint)
     kind = {'type': 'ResNet'}
+    if damage in ('plain', 'deeper'):
+        plain = ClsResNet(**SMALL).state_dict()
+        saved['state_dict'] = {f'backbone.{k}': v for k, v in plain.items()}
+        saved['meta']['dyrep_mm']['structure'] = {}
     if damage == 'plain':
         del saved['meta']['dyrep_mm']
     elif damage == 'prefix':
         saved['state_dict'] = {f'x.{k}': v for k, v in saved['state_dict'].items()}
-        saved['meta']['dyrep_mm']['structure'] = {}
+        del saved['meta']['dyrep_mm']
     elif damage == 'unfit':
         saved['meta']['dyrep_mm']['structure']['backbone.layer1.0.relu'] = ['kxk', '1x1']
     elif damage == 'deeper':
         kind['depth'] = 50
-        saved['meta']['dyrep_mm']['structure'] = {}
     elif damage == 'wider':
         kind.update(stem_channels=16)
     torch.save(saved, checkpoint)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from dyrep_mm import grow, prune, structure_of
+from dyrep_mm import expand, grow, prune, structure_of, sync_optimizer
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.reparam.branches import BRANCHES, ORIGIN, fitting
 from dyrep_mm.reparam.geometry import ConvSpec
-from dyrep_mm.surgery.rewire import mirror, rewire
-from dyrep_mm.surgery.structure import Plan
+from dyrep_mm.surgery.rewire import mirror, restore, rewire
+from dyrep_mm.surgery.structure import Plan, structure_from_names
 from dyrep_mm.surgery.tree import blocks_of, depth_of, get_module, neighbour_norm, outermost
 from support.checks import assert_same, assert_untouched
 from support.nets import (
@@ -20,6 +20,7 @@ from support.nets import (
     image,
     make_net,
     make_pair,
+    nest,
     norms_of,
     output_of,
     randomise,
@@ -314,3 +315,126 @@ def test_mirror_leaves_the_model_and_the_random_numbers_alone():
     mirror(copied, model, plan_of(model))
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
     assert set(model.conv1.branches) == {ORIGIN, *BRANCHES}
+
+
+# Exactly a structure
+
+
+STRUCTURES = {
+    'plain': lambda model: model,
+    'a bias': lambda model: _with_bias(model, 'stem'),
+    'smaller': lambda model: expand(model, {'conv1': ['kxk', '1x1'], 'dw': ['kxk', '1x1']}),
+    'other operations': lambda model: expand(
+        model, {'conv1': ['kxk', 'kx1'], 'stem': ['kxk', '1xk']}
+    ),
+    'block in the place of a bias': lambda model: _with_bias(
+        expand(model, {'stem': ['kxk', '1x1']}), 'stem.branches.kxk'
+    ),
+    'nested': nest,
+    'nested otherwise': lambda model: expand(
+        model,
+        {
+            'conv1': ['kxk', *BRANCHES],
+            'conv1.branches.kxk': ['kxk', '1x1', '1xk'],
+            'conv1.branches.1x1-kxk.conv': ['kxk', 'identity'],
+            'conv2': ['kxk', '1x1'],
+        },
+    ),
+}
+
+
+def _with_bias(model, path):
+    grow(model, path, ['1x1'])
+    randomise(model)
+    prune(model, path, ['1x1'])
+    assert structure_of(model)[path] == []
+    return model
+
+
+@pytest.mark.parametrize('with_state', [False, True])
+@pytest.mark.parametrize('to', STRUCTURES)
+@pytest.mark.parametrize('of', STRUCTURES)
+def test_restore_gives_exactly_that_structure(of, to, with_state):
+    """From any structure to any other; convs stay, and so do blocks that are in both."""
+    model, wanted = STRUCTURES[of](make_net()), STRUCTURES[to](make_net(seed=5))
+    weights = {path: get_module(model, path) for path in CONVS}
+    weights = {path: getattr(m, 'origin', m).weight for path, m in weights.items()}
+    blocks, structure = blocks_of(model), structure_of(wanted)
+    state = wanted.state_dict() if with_state else None
+    # Biases are the business of the state, where there is one.
+    said = structure_from_names(state) if with_state else structure
+    assert restore(model, said, state) == (structure_of(STRUCTURES[of](make_net())) != structure)
+    assert structure_of(model) == structure
+    assert list(model.state_dict()) == list(wanted.state_dict())
+    model.load_state_dict(wanted.state_dict(), strict=True)
+    x = image()
+    assert_same(output_of(model, x), output_of(wanted, x))
+    for path, weight in weights.items():
+        assert getattr(get_module(model, path), 'origin', get_module(model, path)).weight is weight
+    for path, block in blocks_of(model).items():
+        if of == to:
+            assert block is blocks[path]
+    assert not restore(model, said, state)
+
+
+@pytest.mark.parametrize('of', STRUCTURES)
+def test_restore_of_what_does_not_fit_changes_nothing(of):
+    model = STRUCTURES[of](make_net())
+    state, types, structure = snapshot(model), types_of(model), structure_of(model)
+    parameters = dict(model.named_parameters())
+    for wrong in ({'conv1': ['kxk', '1x1'], 'nope': ['kxk', '1x1']}, {'dw': [], 'conv2': []}):
+        with pytest.raises(DyRepError, match=r'nope|conv2'):
+            restore(model, wrong)
+    other = nest(make_net()).state_dict()
+    other['conv1.branches.kx1.bn.weight'] = other['conv1.branches.kx1.bn.weight'][:3]
+    with pytest.raises(DyRepError, match=r'kx1.bn.weight has shape \(3,\) instead of \(8,\)'):
+        restore(expand(make_net(), {'conv1': ['kxk', '1x1']}), structure_from_names(other), other)
+    assert_untouched(model, state, types)
+    assert structure_of(model) == structure
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize('path', ['0.origin', '0.branches.kxk.origin', '0.forward', '0..', '.0'])
+def test_a_second_name_of_a_module_is_no_path(path):
+    model = make_pair()
+    grow(model, '0', ['1x1'])
+    with pytest.raises(DyRepError, match='no module named'):
+        grow(model, path)
+    assert list(structure_of(model)) == ['0']
+
+
+@pytest.mark.parametrize('norm', [nn.BatchNorm2d, nn.Identity])
+def test_applying_a_structure_takes_linear_time(norm, monkeypatch):
+    """Counted in modules that are walked over: eight times the blocks, eight times the walk."""
+    walks = []
+    walk = nn.Module.named_modules
+
+    def counted(module, *args, **kwargs):
+        walks.append(module)
+        return walk(module, *args, **kwargs)
+
+    def work(call, *args):
+        walks.clear()
+        call(*args)
+        return len(walks)
+
+    def model_of(blocks):
+        parts = [(nn.Conv2d(2, 2, 3), norm(2)) for _ in range(blocks)]
+        return nn.ModuleList([nn.Sequential(*part) for part in parts])
+
+    monkeypatch.setattr(nn.Module, 'named_modules', counted)
+    costs = []
+    for blocks in (64, 512):
+        structure = {f'{i}.0': ['kxk', '1x1'] for i in range(blocks)}
+        first, second, third = (model_of(blocks) for _ in range(3))
+        optimizer = torch.optim.SGD(second.parameters(), lr=0.1)
+        costs.append(
+            [
+                work(expand, first, structure),
+                work(restore, second, structure, first.state_dict()),
+                work(sync_optimizer, optimizer, second),
+                work(restore, second, {}),
+                work(restore, third, structure),
+            ]
+        )
+    assert all(0 < many < 9 * few for few, many in zip(*costs, strict=True)), costs

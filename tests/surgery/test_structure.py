@@ -98,7 +98,7 @@ UNFIT = {
     ),
     'names in a string': ({'conv2': 'kxk'}, 'conv2'),
     'no list': ({'conv2': None}, 'conv2'),
-    'no path': ({3: ['kxk', '1x1']}, '3'),
+    'no path': ({3: ['kxk', '1x1']}, 'a int: a list'),
     'no strings': ({'conv2': ['kxk', 3]}, 'conv2'),
     'no mapping': (['conv2'], 'list'),
     'none': (None, 'NoneType'),
