@@ -7,7 +7,7 @@ import logging
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.evolution.record import Record
 from dyrep_mm.surgery.structure import Structure, check_structure
-from dyrep_mm.surgery.tree import blocks_of
+from dyrep_mm.surgery.tree import blocks_of, in_scope
 
 
 def load_structure(source: str | Path | Mapping) -> Structure:
@@ -144,16 +144,19 @@ def latest_checkpoint(work_dir: str | Path) -> str | None:
     return None if newest is None else str(newest)
 
 
-def check_keys(model: nn.Module, checkpoint: dict, resume: bool) -> None:
+def check_keys(
+    model: nn.Module, checkpoint: dict, resume: bool, optional: Iterable[str] = ()
+) -> None:
     """Refuse a checkpoint whose weights are not this model's: mmengine would only warn.
 
     Args:
         model: In the structure of the checkpoint.
         checkpoint: As it was read.
         resume: Whether all weights must be there, or those of blocks alone.
+        optional: Paths of modules whose weights need not be there.
     """
     names, own = weights_of(checkpoint).keys(), model.state_dict().keys()
-    inner = {f'{path}.' for path in blocks_of(model)}
+    inner = {f'{path}.' for path in blocks_of(model) if not in_scope(path, list(optional))}
     missing = sorted(
         name for name in own - names if resume or any(name.startswith(prefix) for prefix in inner)
     )

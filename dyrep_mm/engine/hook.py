@@ -11,7 +11,7 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
 
-from dyrep_mm.engine.checkpoint import check_keys, load_structure
+from dyrep_mm.engine.checkpoint import check_keys, load_structure, weights_of
 from dyrep_mm.engine.pretrained import Handover, handovers_in
 from dyrep_mm.engine.runner import (
     choose_resume,
@@ -28,7 +28,8 @@ from dyrep_mm.evolution.rule import DyRepRule, Rule
 from dyrep_mm.evolution.saliency import check_metric
 from dyrep_mm.registry import HOOKS
 from dyrep_mm.reparam.branches import check_operations
-from dyrep_mm.surgery.candidates import candidates, preset, survey
+from dyrep_mm.surgery.candidates import FROZEN, candidates, preset, survey
+from dyrep_mm.surgery.copies import Copies, find_copies, own_part, with_copies
 from dyrep_mm.surgery.cost import SizeWatch, multiply_adds
 from dyrep_mm.surgery.rewire import INIT_SCALE, absent, structure_errors
 from dyrep_mm.surgery.structure import MAX_DEPTH, PRESETS, Plan, structure_of
@@ -127,7 +128,8 @@ class DyRepHook(Hook):
         self._record = Record()
         self._transaction: Transaction | None = None
         self._sizes: SizeWatch | None = None
-        self._handle: Any = None
+        self._handles: list[Any] = []
+        self._copies: Copies | None = None
         self.rule = self.make_rule()
 
     def make_rule(self) -> Rule:
@@ -155,17 +157,25 @@ class DyRepHook(Hook):
                 raise DyRepError('DyRepHook must have a higher priority than EMAHook')
         choose_resume(runner)
         self._transaction = None  # averages are made anew after this
+        self._find_copies(runner)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         refuse_unsupported(runner)  # FlexibleRunner loads before before_run
         record, model = Record.from_checkpoint(checkpoint), unwrap(runner.model)
+        # Copies whose weights are not in the file follow, as those of a pretrained backbone.
+        copies, names = self._find_copies(runner), weights_of(checkpoint)
+        absent = {
+            copied: source
+            for copied, source in copies.items()
+            if not any(name.startswith(f'{copied}.') for name in names)
+        }
         if record.structure:
-            self._transaction_of(runner).restore(record.structure)
+            self._transaction_of(runner).restore(with_copies(record.structure, absent))
         # A resumed run had its start already, also if it has not grown yet.
         self._restored = bool(record.structure) or (runner._resume and record.structure is not None)
         for path, handover in handovers_in(model).items():
             handover.finish(get_module(model, path))  # the weights that are loaded last win
-        check_keys(model, checkpoint, runner._resume)
+        check_keys(model, checkpoint, runner._resume, absent)
         if runner._resume:
             self._record = record
 
@@ -180,9 +190,11 @@ class DyRepHook(Hook):
             self._take_over(runner, path, handover)
         if self.structure is not None and not self._restored:
             self._start(runner)
+        transaction = self._transaction_of(runner)
+        self._handles = [model.register_forward_pre_hook(lambda *_: transaction.freezes.follow())]
         if self.interval is None:
             return
-        self._check_that_something_can_change(model)
+        self._check_that_something_can_change(runner)
         self.rule.watch(model)
         scores = self._record.scores
         if scores is not None and not self.rule.load_state_dict(scores):
@@ -192,7 +204,7 @@ class DyRepHook(Hook):
             )
         if self._record.sizes is None:
             self._sizes = SizeWatch(model)
-        self._handle = optimizer_of(runner).register_step_pre_hook(self._on_step)
+        self._handles.append(optimizer_of(runner).register_step_pre_hook(self._on_step))
 
     def after_train_iter(
         self,
@@ -218,9 +230,9 @@ class DyRepHook(Hook):
         self._record.to_checkpoint(checkpoint)
 
     def after_train(self, runner: Runner) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     # What happens at them.
 
@@ -231,8 +243,14 @@ class DyRepHook(Hook):
                 init_scale=self.init_scale,
                 calibration_batches=self.calibration_batches,
                 recompute=self.recompute,
+                copies=self._find_copies(runner),
             )
         return self._transaction
+
+    def _find_copies(self, runner: Runner) -> Copies:
+        if self._copies is None:  # later the values of copies differ
+            self._copies = find_copies(unwrap(runner.model), self.scope)
+        return self._copies
 
     def _choose_unit(self, runner: Runner) -> None:
         epochs = isinstance(runner.train_loop, EpochBasedTrainLoop)
@@ -258,10 +276,18 @@ class DyRepHook(Hook):
     def _unit(self) -> str:
         return 'epoch' if self.by_epoch else 'iteration'
 
-    def _check_that_something_can_change(self, model: nn.Module) -> None:
+    def _check_that_something_can_change(self, runner: Runner) -> None:
+        model = unwrap(runner.model)
         if blocks_of(model) or candidates(model, self.scope, self.max_depth, self.branches):
             return
-        reasons = [f'{p}: {why}' for p, why in survey(model, self.scope, self.branches).items()]
+        verdicts = survey(model, self.scope, self.branches)
+        if FROZEN in verdicts.values():
+            # Candidates are looked up at every update.
+            runner.logger.warning(
+                f'DyRep: no conv in scope {self.scope!r} can grow until one that is frozen is freed'
+            )
+            return
+        reasons = [f'{path}: {why}' for path, why in verdicts.items()]
         raise DyRepError(
             f'no conv in scope {self.scope!r} can grow'
             + (f' ({"; ".join(reasons[:3])})' if reasons else ': it has no conv above 1x1')
@@ -307,6 +333,7 @@ class DyRepHook(Hook):
         record.updates += 1
         generator = make_generator(self.seed, record.updates, 'scores')
         plan = from_rank_0(self.rule.decide(transaction.model, generator))
+        plan = own_part(plan, transaction.copies)
         if plan.remark is not None and not record.warned:
             record.warned = True
             runner.logger.warning(f'DyRep: {plan.remark}')
@@ -349,7 +376,8 @@ class DyRepHook(Hook):
         transaction = self._transaction_of(runner)
         module = get_module(transaction.model, path)
         below = f'{path}.' if path else ''
-        transaction.restore({below + p: names for p, names in handover.structure.items()})
+        structure = {below + p: names for p, names in handover.structure.items()}
+        transaction.restore(with_copies(structure, transaction.copies))
         module.load_state_dict(handover.state)
         handover.finish(module)
         runner.logger.info(
