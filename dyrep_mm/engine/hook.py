@@ -47,7 +47,8 @@ from dyrep_mm.errors import DyRepError
 from dyrep_mm.evolution.record import Entry, Record
 from dyrep_mm.evolution.rule import DyRepRule, Rule
 from dyrep_mm.registry import HOOKS
-from dyrep_mm.surgery.candidates import candidates, preset, survey
+from dyrep_mm.surgery.candidates import FROZEN, candidates, preset, survey
+from dyrep_mm.surgery.copies import Copies, find_copies, own_part, with_copies
 from dyrep_mm.surgery.cost import SizeWatch, multiply_adds
 from dyrep_mm.surgery.rewire import INIT_SCALE, absent, structure_errors
 from dyrep_mm.surgery.structure import (
@@ -147,7 +148,8 @@ class DyRepHook(Hook):
         self._losses = LossWatch()
         self._told_of_loss = False
         self._cost: UpdateCost | None = None
-        self._handle: Any = None
+        self._handles: list[Any] = []
+        self._copies: Copies | None = None
         self.rule = self.make_rule()
 
     def make_rule(self) -> Rule:
@@ -181,6 +183,7 @@ class DyRepHook(Hook):
                 raise DyRepError('DyRepHook must have a higher priority than EMAHook')
         choose_resume(runner)
         self._transaction = None  # averages are made anew after this
+        self._find_copies(runner)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         refuse_unsupported(runner)  # FlexibleRunner loads before before_run
@@ -227,6 +230,13 @@ class DyRepHook(Hook):
         """Make the model such that it can take these weights, or refuse them."""
         transaction = self._transaction_of(runner)
         model = transaction.model
+        # Copies whose weights are not in the file follow, as those of a pretrained backbone.
+        absent = {
+            copied: source
+            for copied, source in transaction.copies.items()
+            if not any(name.startswith(f'{copied}.') for name in weights)
+        }
+        structure, weights = with_copies(structure, absent), with_copies(weights, absent)
         changed = transaction.restore(structure, weights)
         check_weights(model, weights, resumes)
         for path, handover in handovers_in(model).items():
@@ -237,7 +247,7 @@ class DyRepHook(Hook):
     def before_train(self, runner: Runner) -> None:
         model = unwrap(runner.model)
         self._await_load(model, None)
-        self._stop_scoring()  # of a training that did not end
+        self._stop_watching()  # of a training that did not end
         check_scope(model, self.scope)
         runner.model.train()  # the library's own train() says what is frozen
         # With diff_rank_seed every rank has another; branches must be the same.
@@ -248,9 +258,11 @@ class DyRepHook(Hook):
         if self.structure is not None and not self._started:
             self._start(runner)
         self._started = True
+        transaction = self._transaction_of(runner)
+        self._handles = [model.register_forward_pre_hook(lambda *_: transaction.freezes.follow())]
         if self.interval is None:
             return
-        self._check_that_something_can_change(model)
+        self._check_that_something_can_change(runner)
         self.rule.watch(model)
         scores = self._record.scores
         if scores is not None and not self.rule.load_state_dict(scores):
@@ -263,7 +275,7 @@ class DyRepHook(Hook):
         self._cost = UpdateCost(runner, self.interval, self.by_epoch, self.calibration_batches)
         self._warn(runner, self._cost.foresee())
         on_step = partial(self._on_step, runner)
-        self._handle = optimizer_of(runner).register_step_pre_hook(on_step)
+        self._handles.append(optimizer_of(runner).register_step_pre_hook(on_step))
 
     def after_train_iter(
         self,
@@ -297,14 +309,14 @@ class DyRepHook(Hook):
 
     def after_train(self, runner: Runner) -> None:
         self._record.scores = self.rule.state_dict()  # where another train() goes on
-        self._stop_scoring()
+        self._stop_watching()
         if self._looks_at_loss(runner):
             self._read_losses(runner)
 
-    def _stop_scoring(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+    def _stop_watching(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     # What happens at them.
 
@@ -315,8 +327,14 @@ class DyRepHook(Hook):
                 init_scale=self.init_scale,
                 calibration_batches=self.calibration_batches,
                 recompute=self.recompute,
+                copies=self._find_copies(runner),
             )
         return self._transaction
+
+    def _find_copies(self, runner: Runner) -> Copies:
+        if self._copies is None:  # later the values of copies differ
+            self._copies = find_copies(unwrap(runner.model), self.scope)
+        return self._copies
 
     def _choose_unit(self, runner: Runner) -> None:
         epochs = isinstance(runner.train_loop, EpochBasedTrainLoop)
@@ -350,12 +368,18 @@ class DyRepHook(Hook):
     def _unit(self) -> str:
         return 'epoch' if self.by_epoch else 'iteration'
 
-    def _check_that_something_can_change(self, model: nn.Module) -> None:
+    def _check_that_something_can_change(self, runner: Runner) -> None:
+        model = unwrap(runner.model)
         inside = (path for path in blocks_of(model) if in_scope(path, self.scope))
         if any(inside) or candidates(model, self.scope, self.max_depth, self.branches):
             return
-        reasons = [f'{p}: {why}' for p, why in survey(model, self.scope, self.branches).items()]
+        verdicts = survey(model, self.scope, self.branches)
         where = 'the model' if self.scope is None else f'scope {self.scope!r}'
+        if FROZEN in verdicts.values():
+            # Candidates are looked up at every update.
+            self._warn(runner, f'no conv in {where} can grow until one that is frozen is freed')
+            return
+        reasons = [f'{path}: {why}' for path, why in verdicts.items()]
         raise DyRepError(
             f'no conv in {where} can grow'
             + (f' ({"; ".join(reasons[:3])})' if reasons else ': it has no conv above 1x1')
@@ -448,6 +472,7 @@ class DyRepHook(Hook):
         record.updates += 1
         generator = make_generator(self.seed, record.updates, 'scores')
         plan = from_rank_0(self.rule.decide(transaction.model, generator))
+        plan = own_part(plan, transaction.copies)
         if plan.remark is not None and not record.warned:
             record.warned = True
             runner.logger.warning(f'DyRep: {plan.remark}')
@@ -492,7 +517,7 @@ class DyRepHook(Hook):
         present = structure_of(transaction.model)
         outside = {p: names for p, names in present.items() if not in_scope(p, path)}
         inside = {below + p: names for p, names in handover.structure.items()}
-        transaction.restore({**outside, **inside})
+        transaction.restore({**outside, **with_copies(inside, transaction.copies)})
         module.load_state_dict(handover.state)
         handover.finish(module)
         runner.logger.info(

@@ -10,6 +10,7 @@ import torch
 from mmengine.dist import broadcast, broadcast_object_list
 from mmengine.hooks import EMAHook
 from mmengine.model import (
+    BaseAveragedModel,
     BaseTTAModel,
     MMSeparateDistributedDataParallel,
     is_model_wrapper,
@@ -51,16 +52,23 @@ def from_rank_0(value: Any) -> Any:
 def param_settings(runner: Runner) -> dict[nn.Parameter, dict[str, Any]]:
     """What the config of the optimizer (``paramwise_cfg``) gives each parameter at the start.
 
-    Empty if all of them have the same, or the runner was not built from a config.
+    Empty if all of them have the same, or the runner was not built from a config. What is frozen
+    now counts as if it trained: a hook may free it, or may not yet have done so after a resume.
     """
     config = runner.cfg.get('optim_wrapper')
     if len(optimizer_of(runner).param_groups) < 2 or not isinstance(config, dict):
         return {}
+    model = unwrap(runner.model)
+    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
     runner.logger.disabled = True  # the constructor tells every option of every parameter
     try:
-        wrapper = build_optim_wrapper(unwrap(runner.model), copy.deepcopy(config))
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        wrapper = build_optim_wrapper(model, copy.deepcopy(config))
     finally:
         runner.logger.disabled = False
+        for parameter in frozen:
+            parameter.requires_grad_(False)
     return {
         parameter: {key: v for key, v in group.items() if not key.startswith('param')}
         for group in wrapper.optimizer.param_groups
@@ -135,6 +143,13 @@ def rewrap(runner: Runner) -> None:
     runner.model = runner.wrap_model(copy.deepcopy(runner.cfg.get('model_wrapper_cfg')), module)
     for hook, state in communication_hooks:
         runner.model.register_comm_hook(state, hook)
+
+
+def refresh_averages(module: nn.Module) -> None:
+    """Do :func:`refresh_average` for every averaged model that ``module`` is or contains."""
+    for averaged in module.modules():
+        if isinstance(averaged, BaseAveragedModel):
+            refresh_average(averaged)
 
 
 def refresh_average(averaged: Any) -> None:

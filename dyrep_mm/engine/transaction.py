@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping
+from dataclasses import replace as with_fields
 from functools import partial
 from typing import Any
 
 from mmengine.runner import Runner
-from torch import Tensor
+from torch import Generator, Tensor
 
 from dyrep_mm.engine.batches import calibration_batches, calibration_forward, random_state_kept
 from dyrep_mm.engine.runner import (
@@ -18,15 +19,25 @@ from dyrep_mm.engine.runner import (
     make_seed,
     optimizer_of,
     param_settings,
-    refresh_average,
+    refresh_averages,
     rewrap,
     unwrap,
 )
 from dyrep_mm.surgery.calibration import calibrate
-from dyrep_mm.surgery.optimizer import check_optimizer, sync_optimizer
+from dyrep_mm.surgery.copies import (
+    Copies,
+    copies_kept,
+    following,
+    own_part,
+    places_in,
+    with_copies,
+)
+from dyrep_mm.surgery.optimizer import FreezeWatch, check_optimizer, sync_optimizer
 from dyrep_mm.surgery.rewire import (
     INIT_SCALE,
     Blocks,
+    adopt,
+    insert,
     mirror,
     prune,
     restore,
@@ -48,11 +59,13 @@ class Transaction:
         init_scale: Importance of a new branch relative to its conv.
         calibration_batches: Training batches for the BN statistics of new branches.
         recompute: Compute branch outputs again in the backward instead of keeping them.
+        copies: Momentum copies inside the model, as it was constructed.
 
     Attributes:
         model: The model inside its wrappers.
-        averages: mmengine's averaged models.
+        averages: The averaged models of EMA hooks.
         optimizer: None in a test.
+        freezes: Of the present structure.
     """
 
     def __init__(
@@ -62,6 +75,7 @@ class Transaction:
         init_scale: float = INIT_SCALE,
         calibration_batches: int = 20,
         recompute: bool = False,
+        copies: Mapping[str, str] | None = None,
     ):
         self.runner = runner
         self.init_scale = init_scale
@@ -70,12 +84,20 @@ class Transaction:
         self.model = unwrap(runner.model)
         self.averages = averaged_models(runner)
         self.optimizer = optimizer_of(runner)
+        self.freezes = FreezeWatch(self.model)
+        self._copies: Copies = dict(copies or {})
+
+    @property
+    def copies(self) -> Copies:
+        """Momentum copies inside the model that follow a part of it now."""
+        return following(self.model, self._copies)
 
     def change(self, plan: Plan, *key: Any) -> Blocks:
         """Carry out a plan.
 
         Args:
-            plan: The same on every rank.
+            plan: The same on every rank. Copies inside the model do what the plan does in what
+                they copy, and nothing else.
             key: Seeds new branches and calibration, together with the path of a branch: the same
                 on every rank and after a resume.
 
@@ -85,13 +107,32 @@ class Transaction:
         Raises:
             DyRepError: the plan does not fit the model.
         """
+        self.freezes.follow()
+        copies = self.copies
+        plan = own_part(plan, copies)
+        source_of = {at: path for path in plan.grow for at in places_in(copies, path)}
+        copied: Blocks = {}
+
+        def measure(blocks: Blocks) -> None:
+            # The forward may update the copies, which must have the shape of their sources then.
+            grown = {at: plan.grow[path] for at, path in source_of.items()}
+            copied.update(insert(self.model, grown, lambda _: Generator()))
+            refresh_averages(self.model)
+            with copies_kept(self.model, copies):
+                self._measure(blocks, key)
+
         try:
             blocks = rewire(
                 self.model,
                 plan.grow,
                 init_scale=self.init_scale,
                 generator=partial(make_generator, *key),
-                measure=partial(self._measure, key=key),
+                measure=measure,
+            )
+            for at in reversed(copied):
+                adopt(copied[at], blocks[source_of[at]])
+            plan = with_fields(
+                plan, grow=with_copies(plan.grow, copies), prune=with_copies(plan.prune, copies)
             )
             for averaged in self.averages:
                 mirror(averaged.module, self.model, plan)
@@ -116,6 +157,7 @@ class Transaction:
         Raises:
             DyRepError: the structure or the state does not fit the model.
         """
+        self.freezes.follow()
         if not restore(self.model, structure, state):
             return False
         for averaged in self.averages:
@@ -126,15 +168,18 @@ class Transaction:
     def follow(self) -> None:
         """Update everything that refers to the model's parameters: averages, optimizer, DDP."""
         set_recompute(self.model, self.recompute)
+        refresh_averages(self.model)
         for averaged in self.averages:
             broadcast_parameters(averaged.module)
-            refresh_average(averaged)
+            refresh_averages(averaged)
         if self.optimizer is not None:
+            before = [p for group in self.optimizer.param_groups for p in group['params']]
             sync_optimizer(self.optimizer, self.model, param_settings(self.runner))
         rewrap(self.runner)
         if self.optimizer is not None:
             self.runner.model.train()  # frozen stages and norm_eval, as the library wants them
-            check_optimizer(self.optimizer, self.model)
+            check_optimizer(self.optimizer, self.model, before)
+        self.freezes = FreezeWatch(self.model)
 
     def _measure(self, blocks: Blocks, key: tuple) -> None:
         """BN statistics of new branches from training batches; training notices nothing."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dyrep_mm.evolution.saliency import Score, check_metric, make_score
 from dyrep_mm.surgery.candidates import candidates
@@ -48,7 +48,8 @@ class DyRepRule:
         prune_threshold: lambda (section 4.2); None prunes nothing.
 
     Attributes:
-        operations: The convs that may grow now, with the operations that each would have.
+        operations: The convs that may grow, with the operations that each would have. Those that
+            are frozen are among them: a hook may free one at any time.
         score: Of these; None if nothing may grow.
     """
 
@@ -71,25 +72,36 @@ class DyRepRule:
         self.prune_threshold = prune_threshold
         self.operations: Structure = {}
         self.score: Score | None = None
+        self._weights: dict[str, Tensor] = {}
+        self._optimizer: torch.optim.Optimizer | None = None
 
     def watch(self, model: nn.Module) -> None:
         """Score the present candidates from now on."""
-        self.operations = candidates(model, self.scope, self.max_depth, self.branches)
-        weights = {path: get_module(model, path).weight for path in self.operations}
-        self.score = make_score(self.metric, weights) if weights else None
+        self.operations = candidates(model, self.scope, self.max_depth, self.branches, frozen=True)
+        self._weights = {path: get_module(model, path).weight for path in self.operations}
+        self.score = make_score(self.metric, self._weights) if self._weights else None
 
     def observe(self, optimizer: torch.optim.Optimizer) -> None:
-        """Add the scores of one iteration."""
-        if self.score is not None:
-            # A fused optimizer unscales gradients by itself and leaves these two attributes.
-            self.score.gather(
-                getattr(optimizer, 'grad_scale', None), getattr(optimizer, 'found_inf', None)
-            )
+        """Add the scores of one iteration, of what trains in it."""
+        self._optimizer = optimizer
+        if self.score is None:
+            return
+        trained = self._trained()
+        # Nobody sets the gradient of a weight to zero that is not in the optimizer.
+        idle = [(w, w.grad) for path, w in self._weights.items() if path not in trained]
+        for weight, _ in idle:
+            weight.grad = None
+        # A fused optimizer unscales gradients by itself and leaves these two attributes.
+        self.score.gather(
+            getattr(optimizer, 'grad_scale', None), getattr(optimizer, 'found_inf', None)
+        )
+        for weight, grad in idle:
+            weight.grad = grad
 
     def decide(self, model: nn.Module, generator: torch.Generator) -> Plan:
         """One update of Algorithm 1 (lines 8 to 10)."""
         return make_plan(
-            self.score.means(generator) if self.score else {},
+            self._means(generator),
             {
                 path: block.importances()
                 for path, block in blocks_of(model).items()
@@ -100,6 +112,18 @@ class DyRepRule:
             threshold=self.prune_threshold,
             remark=self.score.remark() if self.score else None,
         )
+
+    def _trained(self) -> set[str]:
+        """The operations that train now: branches train where their conv does."""
+        weights = {path: w for path, w in self._weights.items() if w.requires_grad}
+        if self._optimizer is None:
+            return set(weights)
+        held = {id(p) for group in self._optimizer.param_groups for p in group['params']}
+        return {path for path, weight in weights.items() if id(weight) in held}
+
+    def _means(self, generator: torch.Generator) -> dict[str, float]:
+        means, trained = self.score.means(generator) if self.score else {}, self._trained()
+        return {path: mean for path, mean in means.items() if path in trained}
 
     def state_dict(self) -> dict[str, Any] | None:
         """The scores so far."""

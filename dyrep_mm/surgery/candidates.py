@@ -10,11 +10,15 @@ from torch import nn
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.reparam.branches import OPERATIONS, ORIGIN, fitting
 from dyrep_mm.reparam.geometry import ConvSpec
+from dyrep_mm.surgery.copies import in_average
 from dyrep_mm.surgery.structure import PRESETS, Structure
 from dyrep_mm.surgery.tree import Scope, ancestors, depth_of, get_module, in_scope
 
 # By name, since mmcv need not be installed: its Conv2d only adds the handling of empty input.
 _CONV_TYPES = {'torch.nn.modules.conv.Conv2d', 'mmcv.cnn.bricks.wrappers.Conv2d'}
+
+#: The one reason that may pass: a hook of the user can free a conv later.
+FROZEN = 'it is frozen'
 
 
 def candidates(
@@ -22,6 +26,8 @@ def candidates(
     scope: Scope = None,
     max_depth: int | None = None,
     branches: Sequence[str] | None = None,
+    *,
+    frozen: bool = False,
 ) -> Structure:
     """The convs that can grow, and the operations that each can have, by path.
 
@@ -30,11 +36,13 @@ def candidates(
         scope: Dotted prefix, or several, to look in; everywhere by default.
         max_depth: How deep the grown blocks may nest; 1 is no nesting.
         branches: The operations to choose from; those of Table 1 by default.
+        frozen: Also those that could if they were not frozen.
     """
+    reasons = (None, FROZEN) if frozen else (None,)
     return {
         path: [ORIGIN, *fits]
         for path, fits, reason in _verdicts(model, scope, branches)
-        if reason is None and (max_depth is None or depth_of(model, path) < max_depth)
+        if reason in reasons and (max_depth is None or depth_of(model, path) < max_depth)
     }
 
 
@@ -56,12 +64,14 @@ def _verdicts(
         if not module.kernel_size[0] == module.kernel_size[1] > 1:
             continue
         reason, fits = obstacle(model, path, module, holders), []
-        if reason is None and not module.weight.requires_grad:
-            reason = 'it is frozen'
+        if reason is None and in_average(model, path):
+            reason = 'it is in an averaged model, which follows what it averages'
         if reason is None:
             fits = fitting(ConvSpec.of(module), branches)
             if not fits:
                 reason = f'none of {", ".join(branches or OPERATIONS)} fits it'
+        if reason is None and not module.weight.requires_grad:
+            reason = FROZEN
         yield path, fits, reason
 
 

@@ -276,14 +276,18 @@ def mirror(averaged: nn.Module, model: nn.Module, plan: Plan) -> None:
     """
     blocks = insert(averaged, plan.grow, lambda _: Generator())
     for path in reversed(blocks):
-        source, block = get_module(model, path), blocks[path]
-        for name, branch in source.branches.items():
-            if name != ORIGIN:
-                block.branches[name].load_state_dict(branch.state_dict())
-        block.origin_std.copy_(source.origin_std)
-        block.compensate()
+        adopt(blocks[path], get_module(model, path))
     for path, names in plan.prune.items():
         prune(averaged, path, names)
+
+
+def adopt(block: Block, source: Block) -> None:
+    """Settle ``block`` on a copy of what ``source`` grew from, with the branches of ``source``."""
+    for name, branch in source.branches.items():
+        if name != ORIGIN:
+            block.branches[name].load_state_dict(branch.state_dict())
+    block.origin_std.copy_(source.origin_std)
+    block.compensate()
 
 
 def set_recompute(model: nn.Module, recompute: bool) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dyrep_mm import expand, grow, prune, structure_of
-from dyrep_mm.surgery.optimizer import check_optimizer, donors, sync_optimizer
+from dyrep_mm.surgery.optimizer import FreezeWatch, check_optimizer, donors, sync_optimizer
 from support.nets import image, make_net, norms_of, randomise
 
 
@@ -174,15 +174,120 @@ def test_donors_are_outside_the_block():
         assert set(near) <= {origin, norm.weight, norm.bias}
 
 
-def test_frozen_parameters_do_not_join():
+@pytest.mark.parametrize('frozen', [False, True], ids=['trainable', 'frozen'])
+@pytest.mark.parametrize('left_out', [['conv1'], ['conv1', 'bn1', 'stem', 'fc']])
+def test_what_is_left_out_stays_out(left_out, frozen):
+    """Whether it is frozen or not: only what blocks added may join."""
     model = make_net()
-    model.conv1.requires_grad_(False)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trainable, 0.01)
+    model.conv1.requires_grad_(not frozen)
+    names = [n for n, _ in model.named_parameters() if n.split('.')[0] not in left_out]
+    held = [model.get_parameter(name) for name in names]
+    optimizer = torch.optim.SGD(held, 0.01)
+    for path in ('conv1', 'conv1.branches.1x1-kxk.conv', 'conv2'):
+        grow(model, path)
+        sync_optimizer(optimizer, model)
+        check_optimizer(optimizer, model, held)
+    (names_now,) = group_names(optimizer, model)
+    new = {n for n in names_now if n.startswith('conv2.branches') and '.kxk.' not in n}
+    origin = {'conv2.weight': 'conv2.branches.kxk.weight', 'conv2.bias': 'conv2.branches.kxk.bias'}
+    assert len(new) > 10
+    assert set(names_now) == {origin.get(n, n) for n in names} | new
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    step(model, optimizer, 2)
+    for name, parameter in model.named_parameters():
+        if name.split('.')[0] in left_out:
+            assert torch.equal(parameter, before[name]), name
+
+
+def test_a_bias_of_the_conv_itself_stays_out():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double()
+    optimizer = torch.optim.SGD([model[0].weight], 0.01)
+    grow(model, '0')
+    sync_optimizer(optimizer, model)
+    check_optimizer(optimizer, model, [model[0].origin.weight])
+    (names,) = group_names(optimizer, model)
+    assert '0.branches.kxk.bias' not in names
+    assert '0.branches.1x1.bn.bias' in names
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_a_frozen_conv_in_the_optimizer_has_its_branches_there(layout):
+    """And where they go does not depend on whether it is frozen at that time."""
+    layouts = []
+    for frozen in (False, True):
+        model = make_net()
+        optimizer = layout(model)
+        model.conv1.requires_grad_(not frozen)
+        grow(model, 'conv1')
+        sync_optimizer(optimizer, model)
+        check_optimizer(optimizer, model)
+        layouts.append(group_names(optimizer, model))
+    assert layouts[0] == layouts[1]
+    assert sum('conv1.branches' in n for group in layouts[0] for n in group) > 10
+    assert not any(p.requires_grad for p in model.conv1.parameters())
+
+
+def test_branches_leave_with_the_weight_of_their_origin():
+    model = make_net()
+    optimizer = one_group(model, torch.optim.Adam)
     grow(model, 'conv1')
     sync_optimizer(optimizer, model)
+    step(model, optimizer)
+    (group,) = optimizer.param_groups
+    origin = model.conv1.origin.weight
+    group['params'] = [p for p in group['params'] if p is not origin]
+    del optimizer.state[origin]
+    sync_optimizer(optimizer, model)
     check_optimizer(optimizer, model)
-    assert optimizer.param_groups[0]['params'] == trainable
+    assert not any('conv1' in name for name in group_names(optimizer, model)[0])
+
+
+def test_an_order_of_the_user_is_kept():
+    """A plain model again has the layout of the plain model: torch restores by position."""
+    model = make_net()
+    held = list(reversed(list(model.parameters())))
+    optimizer = torch.optim.Adam(held, 0.01)
+    for path in ('conv2', 'conv1'):
+        grow(model, path)
+        sync_optimizer(optimizer, model)
+    grown = optimizer.param_groups[0]['params']
+    assert grown[: len(held)] == held
+    twin = make_net()
+    other = torch.optim.Adam(list(reversed(list(twin.parameters()))), 0.01)
+    expand(twin, structure_of(model))
+    sync_optimizer(other, twin)
+    assert group_names(other, twin) == group_names(optimizer, model)
+    for path in ('conv1', 'conv2'):
+        prune(model, path, model.get_submodule(path).names[1:])
+        sync_optimizer(optimizer, model)
+    assert [p for p in optimizer.param_groups[0]['params'] if p in set(held)] == held
+
+
+def flags(module):
+    return {p.requires_grad for p in module.parameters()}
+
+
+def test_branches_are_freed_and_frozen_with_their_origin():
+    model = make_net()
+    model.conv1.requires_grad_(False)
+    grow(model, 'conv1')
+    grow(model, 'conv1.branches.1x1-kxk.conv')
+    grow(model, 'conv2')
+    watch = FreezeWatch(model)
+    watch.follow()
+    assert flags(model.conv1) == {False}
+    assert flags(model.conv2) == {True}
+    model.conv1.origin.weight.requires_grad = True
+    watch.follow()
+    assert flags(model.conv1) == {True}
+    # One that is frozen by itself stays so.
+    model.conv1.branches['1x1'].requires_grad_(False)
+    watch.follow()
+    assert flags(model.conv1.branches['1x1']) == {False}
+    model.conv1.origin.weight.requires_grad = False
+    watch.follow()
+    assert flags(model.conv1) == {False}
+    assert flags(model.conv2) == {True}
 
 
 def test_names_in_groups_follow():
@@ -269,8 +374,10 @@ def broken(case):
         second['params'].append(first['params'][0])
     elif case == 'foreign':
         first['params'].append(nn.Parameter(torch.zeros(2)))
-    elif case == 'missing':
-        second['params'].pop()
+    elif case == 'half':
+        grow(model, 'conv1')
+        sync_optimizer(optimizer, model)
+        first['params'] = [p for p in first['params'] if p is not model.conv1.origin.weight]
     elif case == 'state':
         optimizer.state[nn.Parameter(torch.zeros(2))] = {}
     elif case == 'grown':
@@ -287,15 +394,31 @@ def broken(case):
     [
         ('twice', 'two param groups'),
         ('foreign', 'of no module'),
-        ('missing', r"not in the optimizer: \['fc.bias'\]"),
+        ('half', r"where the weight of the origin is not: \['conv1\.branches\.1x1\."),
         ('state', 'state of no parameter'),
-        ('grown', 'not in the optimizer'),
+        ('grown', r"where the weight of the origin is: \['conv1\.branches\.1x1\."),
         ('pruned', 'of no module'),
     ],
 )
 def test_check_catches(case, sentence):
     with pytest.raises(AssertionError, match=sentence):
         check_optimizer(*broken(case))
+
+
+@pytest.mark.parametrize('case', ['missing', 'joined'])
+def test_check_compares_with_the_time_before(case):
+    optimizer, model = broken('nothing')
+    group = optimizer.param_groups[1]
+    before = [p for g in optimizer.param_groups for p in g['params']]
+    if case == 'missing':
+        group['params'].pop()
+        sentence = 'no longer in the optimizer: fc.bias'
+    else:
+        before.pop()
+        sentence = 'was not in the optimizer before: fc.bias'
+    check_optimizer(optimizer, model)
+    with pytest.raises(AssertionError, match=sentence):
+        check_optimizer(optimizer, model, before)
 
 
 def test_check_accepts():
