@@ -11,6 +11,7 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
 
+from dyrep_mm.engine.batches import can_draw, check_batches
 from dyrep_mm.engine.checkpoint import check_keys, load_structure
 from dyrep_mm.engine.pretrained import Handover, handovers_in
 from dyrep_mm.engine.runner import (
@@ -28,7 +29,7 @@ from dyrep_mm.evolution.rule import DyRepRule, Rule
 from dyrep_mm.evolution.saliency import check_metric
 from dyrep_mm.registry import HOOKS
 from dyrep_mm.reparam.branches import check_operations
-from dyrep_mm.surgery.candidates import candidates, preset, survey
+from dyrep_mm.surgery.candidates import candidates, leave_alone, left_alone, preset, survey
 from dyrep_mm.surgery.cost import SizeWatch, multiply_adds
 from dyrep_mm.surgery.rewire import INIT_SCALE, absent, structure_errors
 from dyrep_mm.surgery.structure import MAX_DEPTH, PRESETS, Plan, structure_of
@@ -168,6 +169,8 @@ class DyRepHook(Hook):
         check_keys(model, checkpoint, runner._resume)
         if runner._resume:
             self._record = record
+            for path, reason in record.left_alone.items():
+                leave_alone(get_module(model, path), reason)
 
     def before_train(self, runner: Runner) -> None:
         model = unwrap(runner.model)
@@ -178,7 +181,10 @@ class DyRepHook(Hook):
         self._choose_unit(runner)
         for path, handover in handovers_in(model).items():
             self._take_over(runner, path, handover)
-        if self.structure is not None and not self._restored:
+        to_start = self.structure is not None and not self._restored
+        if self.calibration_batches and (to_start or self.interval is not None):
+            check_batches(runner)
+        if to_start:
             self._start(runner)
         if self.interval is None:
             return
@@ -205,6 +211,8 @@ class DyRepHook(Hook):
         if self._sizes is not None:
             self._record.sizes = from_rank_0(self._sizes.finish())
             self._sizes = None
+        if not can_draw(runner):
+            self._transaction_of(runner).last_batch = data_batch
         if not self.by_epoch:
             self._update_if_due(runner, runner.iter + 1, runner.max_iters)
 
@@ -214,6 +222,7 @@ class DyRepHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         self._record.structure = structure_of(unwrap(runner.model))
+        self._record.left_alone = left_alone(unwrap(runner.model))
         self._record.scores = self.rule.state_dict()
         self._record.to_checkpoint(checkpoint)
 
@@ -260,6 +269,8 @@ class DyRepHook(Hook):
 
     def _check_that_something_can_change(self, model: nn.Module) -> None:
         if blocks_of(model) or candidates(model, self.scope, self.max_depth, self.branches):
+            return
+        if left_alone(model):  # it was tried
             return
         reasons = [f'{p}: {why}' for p, why in survey(model, self.scope, self.branches).items()]
         raise DyRepError(
@@ -310,7 +321,7 @@ class DyRepHook(Hook):
         if plan.remark is not None and not record.warned:
             record.warned = True
             runner.logger.warning(f'DyRep: {plan.remark}')
-        transaction.change(plan, self.seed, record.updates)
+        plan = transaction.change(plan, self.seed, record.updates)
         record.last = now
         record.journal.append(self._entry(plan, transaction.model))
         runner.logger.info(f'DyRep {record.journal[-1].summary()}')

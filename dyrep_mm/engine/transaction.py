@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import traceback
+from collections.abc import Iterator
 from functools import partial
+from itertools import tee
 from typing import Any
 
 from mmengine.runner import Runner
+from torch import nn
 
-from dyrep_mm.engine.batches import calibration_batches, calibration_forward, random_state_kept
+from dyrep_mm.engine.batches import (
+    calibration_batches,
+    calibration_forward,
+    can_draw,
+    random_state_kept,
+)
 from dyrep_mm.engine.runner import (
     averaged_models,
     broadcast_parameters,
@@ -21,6 +31,7 @@ from dyrep_mm.engine.runner import (
     unwrap,
 )
 from dyrep_mm.surgery.calibration import calibrate
+from dyrep_mm.surgery.candidates import leave_alone
 from dyrep_mm.surgery.optimizer import check_optimizer, sync_optimizer
 from dyrep_mm.surgery.rewire import (
     INIT_SCALE,
@@ -32,6 +43,8 @@ from dyrep_mm.surgery.rewire import (
     set_recompute,
 )
 from dyrep_mm.surgery.structure import Plan, Structure
+from dyrep_mm.surgery.tree import get_module, in_scope
+from dyrep_mm.surgery.usage import watch_use
 
 
 class Transaction:
@@ -51,6 +64,7 @@ class Transaction:
         model: The model inside its wrappers.
         averages: mmengine's averaged models.
         optimizer: None in a test.
+        last_batch: The batch that was trained on last, where no other can be drawn.
     """
 
     def __init__(
@@ -68,9 +82,12 @@ class Transaction:
         self.model = unwrap(runner.model)
         self.averages = averaged_models(runner)
         self.optimizer = optimizer_of(runner)
+        self.last_batch: Any = None
 
-    def change(self, plan: Plan, *key: Any) -> Blocks:
-        """Carry out a plan.
+    def change(self, plan: Plan, *key: Any) -> Plan:
+        """Carry out a plan, except for convs in whose place no block can stand.
+
+        Those stay plain for good, and the log says why.
 
         Args:
             plan: The same on every rank.
@@ -78,19 +95,13 @@ class Transaction:
                 on every rank and after a resume.
 
         Returns:
-            The blocks that were made, by path.
+            What was carried out.
 
         Raises:
             DyRepError: the plan does not fit the model.
         """
         try:
-            blocks = rewire(
-                self.model,
-                plan.grow,
-                init_scale=self.init_scale,
-                generator=partial(make_generator, *key),
-                measure=partial(self._measure, key=key),
-            )
+            plan = self._grow(plan, key)
             for averaged in self.averages:
                 mirror(averaged.module, self.model, plan)
             for path, names in plan.prune.items():
@@ -99,7 +110,7 @@ class Transaction:
         except TypeError:
             # mmengine re-raises a TypeError of a hook without its traceback.
             raise RuntimeError(traceback.format_exc()) from None
-        return blocks
+        return plan
 
     def restore(self, structure: Structure) -> None:
         """Give the model and its averages a structure whose weights are loaded afterwards.
@@ -124,15 +135,47 @@ class Transaction:
             self.runner.model.train()  # frozen stages and norm_eval, as the library wants them
             check_optimizer(self.optimizer, self.model)
 
-    def _measure(self, blocks: Blocks, key: tuple) -> None:
-        """BN statistics of new branches from training batches; training notices nothing."""
-        if not self.calibration_batches or not blocks:
-            return
+    def _grow(self, plan: Plan, key: tuple) -> Plan:
+        """Look how training uses the convs, put blocks around them and measure those on training
+        batches, of which training notices nothing; the plan without what stays plain."""
+        if not plan.grow:
+            return plan
+        # Convs in blocks of this plan are not there yet.
+        there = {path for path, m in self.model.named_modules() if isinstance(m, nn.Conv2d)}
+        convs = [path for path, names in plan.grow.items() if path in there and names]
         seed = make_seed(*key, 'calibration')
-        with random_state_kept():
-            calibrate(
+        with random_state_kept(seed):
+            forward = calibration_forward(self.runner)
+            reasons, calls = {}, {}
+            if (batches := self._batches(seed)) is not None:
+                first, batches = tee(batches)
+                # A preprocessor may write into a batch.
+                reasons, calls = watch_use(self.model, convs, map(copy.deepcopy, first), forward)
+                del first  # it would keep what `batches` has passed
+
+            def measure(blocks: Blocks) -> dict[str, str]:
+                if not self.calibration_batches:
+                    return {}
+                refused = calibrate(self.model, blocks, batches, forward, calls)
+                reasons.update(refused)
+                return refused
+
+            rewire(
                 self.model,
-                blocks,
-                calibration_batches(self.runner, self.calibration_batches, seed),
-                calibration_forward(self.runner, list(blocks)),
+                {p: names for p, names in plan.grow.items() if not in_scope(p, list(reasons))},
+                init_scale=self.init_scale,
+                generator=partial(make_generator, *key),
+                measure=measure,
             )
+        outer = [p for p in reasons if not in_scope(p, [other for other in reasons if other != p])]
+        for path in outer:
+            leave_alone(get_module(self.model, path), reasons[path])
+            self.runner.logger.warning(f'DyRep: {path} stays a plain conv: {reasons[path]}')
+        grow = {p: names for p, names in plan.grow.items() if not in_scope(p, outer)}
+        return dataclasses.replace(plan, grow=grow)
+
+    def _batches(self, seed: int) -> Iterator[Any] | None:
+        """Training batches to look at and to measure on; None if there is none."""
+        if can_draw(self.runner) or self.calibration_batches:
+            return calibration_batches(self.runner, max(self.calibration_batches, 1), seed)
+        return None if self.last_batch is None else iter([self.last_batch])
