@@ -72,8 +72,8 @@ def watch_use(
     if not paths:
         return {}, Counter()
     holders = {path: outermost(model, path) for path in paths}
-    weights = {path: origin_of(get_module(model, path)).weight for path in paths}
-    device = next(iter(weights.values())).device
+    convs = {path: origin_of(get_module(model, path)) for path in paths}
+    device = convs[paths[0]].weight.device
     running: Counter[str] = Counter()
     calls: Counter[str] = Counter()
     most: Counter[str] = Counter()
@@ -90,7 +90,7 @@ def watch_use(
         if isinstance(output, Tensor) and has_few_values(output):
             few.add(holder)
 
-    products = _Products(model, weights, lambda path: running[holders[path]] > 0)
+    products = _Products(model, convs, lambda path: running[holders[path]] > 0)
     with ExitStack() as stack:
         stack.enter_context(state_kept(model))
         for holder in dict.fromkeys(holders.values()):
@@ -103,7 +103,7 @@ def watch_use(
             calls.clear()
             with products:
                 forward(batch)
-            products.note_replaced(weights)
+            products.note_replaced()
             ran = True
             most |= calls
             # A conv that one process calls is in use.
@@ -178,7 +178,7 @@ class _Products(TorchDispatchMode):
 
     Args:
         model: Of which the weights are part.
-        weights: By path.
+        convs: Of the weights, by path.
         is_running: Whether the conv at a path, or the block around it, is in its forward.
 
     Attributes:
@@ -191,17 +191,19 @@ class _Products(TorchDispatchMode):
     )
 
     def __init__(
-        self, model: nn.Module, weights: dict[str, Tensor], is_running: Callable[[str], bool]
+        self, model: nn.Module, convs: dict[str, nn.Conv2d], is_running: Callable[[str], bool]
     ):
         super().__init__()
         self.model = model
+        self.convs = convs
         self.is_running = is_running
         self.bypassed: set[str] = set()
         # By address of the storage. A derived tensor is held: its address must not be used again.
         self.weights: dict[int, list[tuple[range, str]]] = {}
         self.derived: dict[int, tuple[Tensor, set[str]]] = {}
         self.casts: set[int] = set()
-        for path, weight in weights.items():
+        for path, conv in convs.items():
+            weight = conv.weight
             start = weight.data_ptr()
             extent = range(start, start + weight.numel() * weight.element_size())
             self.weights.setdefault(_address(weight), []).append((extent, path))
@@ -222,7 +224,7 @@ class _Products(TorchDispatchMode):
             self.bypassed |= set().union(*map(self._weights_in, results))
         idle = {path for path in paths if not self.is_running(path)}
         if 'conv' in name or name in self.NAMES:
-            present = _addresses(self.model)
+            present = _addresses(self.model) - {_address(c.weight) for c in self.convs.values()}
             for tensor, source in zip(inputs, sources, strict=True):
                 address = _address(tensor)
                 if address in self.derived:
@@ -240,9 +242,9 @@ class _Products(TorchDispatchMode):
             self._derive(results, idle)
         return output
 
-    def note_replaced(self, weights: dict[str, Tensor]) -> None:
+    def note_replaced(self) -> None:
         """Count as bypassed what has another storage than before (``weight.data = ...``)."""
-        self.bypassed |= {p for p, w in weights.items() if p not in self._weights_in(w)}
+        self.bypassed |= {p for p, c in self.convs.items() if p not in self._weights_in(c.weight)}
 
     def _derive(self, tensors: list[Tensor], paths: set[str]) -> None:
         apart = _addresses(self.model) | {-1}
