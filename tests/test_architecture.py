@@ -17,8 +17,8 @@ MAP = {
     '': ['version', 'errors'],
     'reparam': ['kernels', 'geometry', 'norms', 'moments', 'branches', 'block'],
     'surgery': [
-        *('tree', 'structure', 'copies', 'candidates', 'rewire', 'calibration', 'optimizer'),
-        *('fuse', 'cost'),
+        *('tree', 'structure', 'copies', 'candidates', 'usage', 'rewire', 'calibration'),
+        *('optimizer', 'fuse', 'cost'),
     ],
     'evolution': ['saliency', 'rule', 'record'],
     # For mmengine, which looks for `registry` at the top.

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dataset import DefaultSampler
+from mmengine.dataset import DefaultSampler, InfiniteSampler
+from mmengine.dist import all_gather_object
 from mmengine.runner import Runner
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from dyrep_mm.engine.runner import unwrap
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.surgery.tree import in_scope
 
 
 @contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Leave the random streams of python, numpy and torch as they were."""
+def random_state_kept(seed: int) -> Iterator[None]:
+    """Start the random streams of python, numpy and torch from ``seed``, and leave them as they
+    were."""
     python, numeric, torch_cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
     try:
         yield
     finally:
@@ -31,51 +43,124 @@ def random_state_kept() -> Iterator[None]:
         np.random.set_state(numeric)
         torch.set_rng_state(torch_cpu)
         if cuda is not None:
-            torch.cuda.set_rng_state(cuda)
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def can_draw(runner: Runner) -> bool:
+    """Whether batches can be drawn from the training data beside the training."""
+    return not isinstance(runner.train_dataloader.dataset, IterableDataset)
+
+
+def check_batches(runner: Runner) -> None:
+    """Raise ``DyRepError`` if there are no batches for calibration."""
+    if not can_draw(runner):
+        raise DyRepError(
+            'calibration needs a dataset with a length, not an IterableDataset; '
+            'set calibration_batches=0 to start from the statistics of white input'
+        )
 
 
 def calibration_loader(loader: DataLoader, seed: int) -> DataLoader:
     """A second loader over the dataset of ``loader``, with a sampler and a seed of its own.
 
-    The training loader, its sampler and its workers never notice.
+    It makes batches as ``loader`` does, with a copy of its batch sampler if that is a special one.
+    The training loader, its samplers and its workers never notice.
     """
     dataset = loader.dataset
-    if isinstance(dataset, IterableDataset):
-        raise DyRepError(
-            'calibration needs a dataset with a length, not an IterableDataset; '
-            'set calibration_batches=0 to start from the statistics of white input'
-        )
-    batch_size = loader.batch_size or loader.batch_sampler.batch_size
+    sampler = _own_sampler(loader, seed)
+    if loader.batch_size is not None:
+        batching = {
+            'batch_size': loader.batch_size,
+            'sampler': sampler,
+            # A process whose share is less than a batch has that one.
+            'drop_last': _length(sampler) >= loader.batch_size,
+        }
+    elif loader.batch_sampler is None:  # an index stands for a batch
+        batching = {'batch_size': None, 'sampler': sampler}
+    else:
+        batching = {'batch_sampler': _own_batch_sampler(loader, sampler)}
     return DataLoader(
         dataset,
-        batch_size=batch_size,
-        sampler=DefaultSampler(dataset, shuffle=True, seed=seed),
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
-        drop_last=len(dataset) >= batch_size,
         worker_init_fn=loader.worker_init_fn,
         generator=torch.Generator().manual_seed(seed),
+        **batching,
     )
 
 
+def _own_sampler(loader: DataLoader, seed: int) -> Any:
+    """A shuffling sampler; a copy of the training's where that one may choose among the images."""
+    dataset = loader.dataset
+    theirs = getattr(loader.batch_sampler, 'sampler', loader.sampler)
+    if loader.batch_size is None and isinstance(theirs, InfiniteSampler):
+        return InfiniteSampler(dataset, shuffle=True, seed=seed)  # its batches may be slow to fill
+    usual = (DefaultSampler, InfiniteSampler, RandomSampler, SequentialSampler)
+    if not isinstance(theirs, usual) and (own := _copy(theirs, dataset)) is not None:
+        return own
+    return DefaultSampler(dataset, shuffle=True, seed=seed)
+
+
+def _own_batch_sampler(loader: DataLoader, sampler: Any) -> Any:
+    """A copy of the training's batch sampler that draws from ``sampler``."""
+    theirs = loader.batch_sampler
+    own = _copy(theirs, loader.dataset, (getattr(theirs, 'sampler', None), sampler))
+    if own is not None:
+        return own
+    size = getattr(theirs, 'batch_size', None)
+    if type(size) is not int:
+        size = max(1, round(_length(sampler) / _length(theirs)))
+    return BatchSampler(sampler, size, drop_last=False)
+
+
+def _copy(sampler: Any, dataset: Any, instead: tuple[Any, Any] | None = None) -> Any:
+    """A deep copy that shares the data sets and has another object ``instead`` of one of its
+    own; None if there is no copy, as of a running iterator."""
+    same, sets = {}, [dataset]
+    while sets:
+        found = sets.pop()
+        if id(found) not in same and isinstance(found, Dataset):
+            same[id(found)] = found
+            sets += [getattr(found, 'dataset', None), *getattr(found, 'datasets', ())]
+    if instead is not None and instead[0] is not None:
+        same[id(instead[0])] = instead[1]
+    try:
+        return copy.deepcopy(sampler, same)
+    except Exception:  # any class may fail in its own way
+        return None
+
+
+def _length(sampler: Any) -> float:
+    """How many images this process draws; infinite if the sampler does not say."""
+    try:
+        return len(sampler)
+    except (TypeError, NotImplementedError):
+        return math.inf
+
+
 def calibration_batches(runner: Runner, count: int, seed: int) -> Iterator[Any]:
-    """``count`` training batches, fewer if the dataset is shorter."""
-    return islice(iter(calibration_loader(runner.train_dataloader, seed)), count)
+    """``count`` training batches, fewer if the dataset is shorter; as many on every rank."""
+    check_batches(runner)
+    batches = iter(calibration_loader(runner.train_dataloader, seed))
+    for _ in range(count):
+        batch = next(batches, None)
+        # A rank that went on alone would wait for the others in SyncBN.
+        if not all(all_gather_object(batch is not None)):
+            return
+        yield batch
 
 
-def calibration_forward(runner: Runner, paths: list[str]) -> Callable[[Any], None]:
-    """A function that runs on a batch what of the model reaches the modules at ``paths``."""
+def calibration_forward(runner: Runner) -> Callable[[Any], None]:
+    """A function that does with a batch what training does, without the step.
+
+    A copy of the preprocessor is used: some keep a state, such as the present size of images.
+    """
     model = unwrap(runner.model)
-    backbone = getattr(model, 'backbone', None)
-    only_backbone = backbone is not None and all(in_scope(p, 'backbone') for p in paths)
+    preprocessor = copy.deepcopy(model.data_preprocessor)
 
     def forward(batch: Any) -> None:
         with runner.optim_wrapper.optim_context(model):
-            data = model.data_preprocessor(batch, True)
-            if only_backbone and isinstance(data, dict) and 'inputs' in data:
-                backbone(data['inputs'])
-            else:
-                model._run_forward(data, mode='loss')
+            model._run_forward(preprocessor(batch, True), mode='loss')
 
     return forward

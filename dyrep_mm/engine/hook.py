@@ -13,6 +13,7 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
 
+from dyrep_mm.engine.batches import can_draw, check_batches
 from dyrep_mm.engine.checkpoint import (
     Once,
     check_resumable,
@@ -47,7 +48,14 @@ from dyrep_mm.errors import DyRepError
 from dyrep_mm.evolution.record import Entry, Record
 from dyrep_mm.evolution.rule import DyRepRule, Rule
 from dyrep_mm.registry import HOOKS
-from dyrep_mm.surgery.candidates import FROZEN, candidates, preset, survey
+from dyrep_mm.surgery.candidates import (
+    FROZEN,
+    candidates,
+    leave_alone,
+    left_alone,
+    preset,
+    survey,
+)
 from dyrep_mm.surgery.copies import Copies, find_copies, own_part, with_copies
 from dyrep_mm.surgery.cost import SizeWatch, multiply_adds
 from dyrep_mm.surgery.rewire import INIT_SCALE, absent, structure_errors
@@ -201,6 +209,9 @@ class DyRepHook(Hook):
         refused: DyRepError | None = None
         try:
             self._receive(runner, structure or {}, weights, resumes)
+            if resumes:
+                for path, reason in self._record.left_alone.items():
+                    leave_alone(get_module(unwrap(runner.model), path), reason)
         except DyRepError as error:
             if resumes:
                 raise
@@ -255,7 +266,10 @@ class DyRepHook(Hook):
         self._choose_unit(runner)
         for path, handover in handovers_in(model).items():
             self._take_over(runner, path, handover)
-        if self.structure is not None and not self._started:
+        to_start = self.structure is not None and not self._started
+        if self.calibration_batches and (to_start or self.interval is not None):
+            check_batches(runner)
+        if to_start:
             self._start(runner)
         self._started = True
         transaction = self._transaction_of(runner)
@@ -290,6 +304,8 @@ class DyRepHook(Hook):
         if self._sizes is not None:
             self._record.sizes = from_rank_0(self._sizes.finish())
             self._sizes = None
+        if not can_draw(runner):
+            self._transaction_of(runner).last_batch = data_batch
         if not self.by_epoch:
             self._update_if_due(runner, runner.iter + 1, runner.max_iters)
         elif not self.end_of_epoch(runner.train_dataloader, batch_idx):
@@ -304,6 +320,7 @@ class DyRepHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         self._record.structure = structure_of(unwrap(runner.model))
+        self._record.left_alone = left_alone(unwrap(runner.model))
         self._record.scores = self.rule.state_dict()
         self._record.to_checkpoint(checkpoint)
 
@@ -372,6 +389,8 @@ class DyRepHook(Hook):
         model = unwrap(runner.model)
         inside = (path for path in blocks_of(model) if in_scope(path, self.scope))
         if any(inside) or candidates(model, self.scope, self.max_depth, self.branches):
+            return
+        if left_alone(model):  # it was tried
             return
         verdicts = survey(model, self.scope, self.branches)
         where = 'the model' if self.scope is None else f'scope {self.scope!r}'
@@ -476,7 +495,7 @@ class DyRepHook(Hook):
         if plan.remark is not None and not record.warned:
             record.warned = True
             runner.logger.warning(f'DyRep: {plan.remark}')
-        transaction.change(plan, self.seed, record.updates)
+        plan = transaction.change(plan, self.seed, record.updates)
         record.journal.append(self._entry(plan, transaction.model, now))
         runner.logger.info(f'DyRep {record.journal[-1].summary()}')
         self.rule.watch(transaction.model)

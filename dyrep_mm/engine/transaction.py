@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import traceback
-from collections.abc import Mapping
-from dataclasses import replace as with_fields
+from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import tee
 from typing import Any
 
 from mmengine.runner import Runner
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
-from dyrep_mm.engine.batches import calibration_batches, calibration_forward, random_state_kept
+from dyrep_mm.engine.batches import (
+    calibration_batches,
+    calibration_forward,
+    can_draw,
+    random_state_kept,
+)
 from dyrep_mm.engine.runner import (
     averaged_models,
     broadcast_parameters,
@@ -23,15 +30,10 @@ from dyrep_mm.engine.runner import (
     rewrap,
     unwrap,
 )
+from dyrep_mm.reparam.block import origin_of
 from dyrep_mm.surgery.calibration import calibrate
-from dyrep_mm.surgery.copies import (
-    Copies,
-    copies_kept,
-    following,
-    own_part,
-    places_in,
-    with_copies,
-)
+from dyrep_mm.surgery.candidates import leave_alone
+from dyrep_mm.surgery.copies import Copies, following, own_part, places_in, with_copies
 from dyrep_mm.surgery.optimizer import FreezeWatch, check_optimizer, sync_optimizer
 from dyrep_mm.surgery.rewire import (
     INIT_SCALE,
@@ -45,6 +47,8 @@ from dyrep_mm.surgery.rewire import (
     set_recompute,
 )
 from dyrep_mm.surgery.structure import Plan, Structure
+from dyrep_mm.surgery.tree import get_module, in_scope, replace
+from dyrep_mm.surgery.usage import watch_use
 
 
 class Transaction:
@@ -66,6 +70,7 @@ class Transaction:
         averages: The averaged models of EMA hooks.
         optimizer: None in a test.
         freezes: Of the present structure.
+        last_batch: The batch that was trained on last, where no other can be drawn.
     """
 
     def __init__(
@@ -85,6 +90,7 @@ class Transaction:
         self.averages = averaged_models(runner)
         self.optimizer = optimizer_of(runner)
         self.freezes = FreezeWatch(self.model)
+        self.last_batch: Any = None
         self._copies: Copies = dict(copies or {})
 
     @property
@@ -92,8 +98,10 @@ class Transaction:
         """Momentum copies inside the model that follow a part of it now."""
         return following(self.model, self._copies)
 
-    def change(self, plan: Plan, *key: Any) -> Blocks:
-        """Carry out a plan.
+    def change(self, plan: Plan, *key: Any) -> Plan:
+        """Carry out a plan, except for convs in whose place no block can stand.
+
+        Those stay plain for good, and the log says why.
 
         Args:
             plan: The same on every rank. Copies inside the model do what the plan does in what
@@ -102,47 +110,28 @@ class Transaction:
                 on every rank and after a resume.
 
         Returns:
-            The blocks that were made, by path.
+            What was carried out.
 
         Raises:
             DyRepError: the plan does not fit the model.
         """
         self.freezes.follow()
-        copies = self.copies
-        plan = own_part(plan, copies)
-        source_of = {at: path for path in plan.grow for at in places_in(copies, path)}
-        copied: Blocks = {}
-
-        def measure(blocks: Blocks) -> None:
-            # The forward may update the copies, which must have the shape of their sources then.
-            grown = {at: plan.grow[path] for at, path in source_of.items()}
-            copied.update(insert(self.model, grown, lambda _: Generator()))
-            refresh_averages(self.model)
-            with copies_kept(self.model, copies):
-                self._measure(blocks, key)
-
         try:
-            blocks = rewire(
-                self.model,
-                plan.grow,
-                init_scale=self.init_scale,
-                generator=partial(make_generator, *key),
-                measure=measure,
-            )
-            for at in reversed(copied):
-                adopt(copied[at], blocks[source_of[at]])
-            plan = with_fields(
-                plan, grow=with_copies(plan.grow, copies), prune=with_copies(plan.prune, copies)
+            plan = self._grow(own_part(plan, self.copies), key)
+            everywhere = dataclasses.replace(
+                plan,
+                grow=with_copies(plan.grow, self.copies),
+                prune=with_copies(plan.prune, self.copies),
             )
             for averaged in self.averages:
-                mirror(averaged.module, self.model, plan)
-            for path, names in plan.prune.items():
+                mirror(averaged.module, self.model, everywhere)
+            for path, names in everywhere.prune.items():
                 prune(self.model, path, names)
             self.follow()
         except TypeError:
             # mmengine re-raises a TypeError of a hook without its traceback.
             raise RuntimeError(traceback.format_exc()) from None
-        return blocks
+        return plan
 
     def restore(self, structure: Structure, state: Mapping[str, Tensor] | None = None) -> bool:
         """Give the model and its averages exactly a structure whose weights are loaded afterwards.
@@ -181,15 +170,60 @@ class Transaction:
             check_optimizer(self.optimizer, self.model, before)
         self.freezes = FreezeWatch(self.model)
 
-    def _measure(self, blocks: Blocks, key: tuple) -> None:
-        """BN statistics of new branches from training batches; training notices nothing."""
-        if not self.calibration_batches or not blocks:
-            return
+    def _grow(self, plan: Plan, key: tuple) -> Plan:
+        """Look how training uses the convs, put blocks around them and measure those on training
+        batches, of which training notices nothing; the plan without what stays plain."""
+        if not plan.grow:
+            return plan
+        # Convs in blocks of this plan are not there yet.
+        there = {path for path, m in self.model.named_modules() if isinstance(m, nn.Conv2d)}
+        convs = [path for path, names in plan.grow.items() if path in there and names]
         seed = make_seed(*key, 'calibration')
-        with random_state_kept():
-            calibrate(
+        with random_state_kept(seed):
+            forward = calibration_forward(self.runner)
+            reasons, calls = {}, {}
+            if (batches := self._batches(seed)) is not None:
+                first, batches = tee(batches)
+                # A preprocessor may write into a batch.
+                reasons, calls = watch_use(self.model, convs, map(copy.deepcopy, first), forward)
+                del first  # it would keep what `batches` has passed
+
+            wanted = {p: names for p, names in plan.grow.items() if not in_scope(p, list(reasons))}
+            source_of = {at: path for path in wanted for at in places_in(self.copies, path)}
+            copied: Blocks = {}
+
+            def measure(blocks: Blocks) -> dict[str, str]:
+                # A forward may update copies, which have the shape of their sources then.
+                shapes = {at: wanted[path] for at, path in source_of.items()}
+                copied.update(insert(self.model, shapes, lambda _: Generator()))
+                refresh_averages(self.model)
+                if not self.calibration_batches:
+                    return {}
+                refused = calibrate(self.model, blocks, batches, forward, calls)
+                reasons.update(refused)
+                return refused
+
+            standing = rewire(
                 self.model,
-                blocks,
-                calibration_batches(self.runner, self.calibration_batches, seed),
-                calibration_forward(self.runner, list(blocks)),
+                wanted,
+                init_scale=self.init_scale,
+                generator=partial(make_generator, *key),
+                measure=measure,
             )
+            for at in reversed(copied):  # inner ones first
+                if (source := source_of[at]) in standing:
+                    adopt(copied[at], standing[source])
+                else:
+                    replace(self.model, at, origin_of(copied[at]))
+        outer = [p for p in reasons if not in_scope(p, [other for other in reasons if other != p])]
+        for path in outer:
+            leave_alone(get_module(self.model, path), reasons[path])
+            self.runner.logger.warning(f'DyRep: {path} stays a plain conv: {reasons[path]}')
+        grow = {p: names for p, names in plan.grow.items() if not in_scope(p, outer)}
+        return dataclasses.replace(plan, grow=grow)
+
+    def _batches(self, seed: int) -> Iterator[Any] | None:
+        """Training batches to look at and to measure on; None if there is none."""
+        if can_draw(self.runner) or self.calibration_batches:
+            return calibration_batches(self.runner, max(self.calibration_batches, 1), seed)
+        return None if self.last_batch is None else iter([self.last_batch])

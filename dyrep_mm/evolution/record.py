@@ -104,6 +104,7 @@ class Record:
         warned: The log has shown the remark of the rule.
         sizes: Of the maps that the layers see in training, see
             :class:`dyrep_mm.surgery.cost.SizeWatch`; None if not known yet.
+        left_alone: Why convs that were tried stay plain, by path.
     """
 
     structure: Structure | None = None
@@ -114,6 +115,7 @@ class Record:
     scores: dict[str, Any] | None = None
     warned: bool = False
     sizes: Sizes | None = None
+    left_alone: dict[str, str] = field(default_factory=dict)
 
     def to_checkpoint(self, checkpoint: dict) -> None:
         """Write into ``meta``, which publishing keeps, and beside it what a resume needs."""
@@ -153,6 +155,9 @@ class Record:
         )
         _check(type(record.warned) is bool, f'warned {record.warned!r:.200}')
         _check(record.scores is None or isinstance(record.scores, Mapping), 'scores')
+        _check(isinstance(record.left_alone, Mapping), 'left_alone')
+        for path, reason in record.left_alone.items():
+            _check(isinstance(path, str) and isinstance(reason, str), 'left_alone')
         if record.sizes is not None:
             _check(are_sizes(record.sizes), 'sizes')
         return record

@@ -20,6 +20,9 @@ _CONV_TYPES = {'torch.nn.modules.conv.Conv2d', 'mmcv.cnn.bricks.wrappers.Conv2d'
 #: The one reason that may pass: a hook of the user can free a conv later.
 FROZEN = 'it is frozen'
 
+# Name of the attribute that marks a conv.
+_LEFT_ALONE = 'stays_plain'
+
 
 def candidates(
     model: nn.Module,
@@ -92,6 +95,8 @@ def obstacle(
         conv: The conv itself.
         holders: See :func:`holders_of`.
     """
+    if reason := getattr(conv, _LEFT_ALONE, None):
+        return reason
     kind = f'{type(conv).__module__}.{type(conv).__qualname__}'
     if kind not in _CONV_TYPES:
         return f'it is a {type(conv).__name__}, which computes more than a conv'
@@ -109,6 +114,17 @@ def obstacle(
     except DyRepError as error:
         return str(error)
     return None
+
+
+def leave_alone(conv: nn.Conv2d, reason: str) -> None:
+    """Mark a conv: it stays plain for ``reason``. A copy has the mark too."""
+    setattr(conv, _LEFT_ALONE, reason)
+
+
+def left_alone(model: nn.Module) -> dict[str, str]:
+    """The reasons of :func:`leave_alone`, by path."""
+    marked = {path: getattr(m, _LEFT_ALONE, None) for path, m in model.named_modules()}
+    return {path: reason for path, reason in marked.items() if reason is not None}
 
 
 def preset(

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -161,15 +160,3 @@ def with_copies(structure: Structure, copies: Copies) -> Structure:
         **structure,
         **{at: names for path, names in structure.items() for at in places_in(copies, path)},
     }
-
-
-@contextmanager
-def copies_kept(model: nn.Module, copies: Copies) -> Iterator[None]:
-    """Leave the parameters of copies as they were: their update may be part of a forward."""
-    held = [p for copied in copies for p in get_module(model, copied).parameters()]
-    values = [p.detach().clone() for p in held]
-    try:
-        yield
-    finally:
-        for parameter, value in zip(held, values, strict=True):
-            parameter.data.copy_(value)

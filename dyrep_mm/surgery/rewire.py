@@ -29,6 +29,7 @@ from dyrep_mm.surgery.tree import (
     blocks_of,
     check_scope,
     get_module,
+    in_scope,
     named_parts,
     near_norm,
     replace,
@@ -240,9 +241,11 @@ def rewire(
     *,
     init_scale: float = INIT_SCALE,
     generator: Callable[[str], Generator | None] = lambda _: None,
-    measure: Callable[[Blocks], None] = lambda _: None,
+    measure: Callable[[Blocks], Mapping[str, str]] = lambda _: {},
 ) -> Blocks:
     """Make blocks in place: insert all of them, measure, settle the inner ones first.
+
+    What cannot be measured becomes the conv that it was.
 
     The function in eval mode stays the same up to rounding. Every way to grow is this one.
 
@@ -253,19 +256,21 @@ def rewire(
         generator: Gives the source of the random weights for a path; torch's global one by
             default.
         measure: Sets the BN statistics and ``origin_std`` of the inserted blocks; by default both
-            are those of white input.
+            are those of white input. It returns the blocks that must go, each with the reason.
 
     Returns:
-        The blocks that were made, by path.
+        The blocks that were made and stand, by path.
 
     Raises:
         DyRepError: something cannot grow so; the model is then as it was.
     """
     blocks = insert(model, grow, generator)
-    measure(blocks)
-    for path in reversed(blocks):
-        blocks[path].settle(init_scale)
-    return blocks
+    refused = list(measure(blocks))
+    _put_back(model, blocks, refused, [path for path in grow if path not in blocks])
+    standing = {path: b for path, b in blocks.items() if not in_scope(path, refused)}
+    for path in reversed(standing):
+        standing[path].settle(init_scale)
+    return standing
 
 
 def mirror(averaged: nn.Module, model: nn.Module, plan: Plan) -> None:
@@ -353,12 +358,24 @@ def insert(
                 gain_bias(conv)
                 gained.append(conv)
     except DyRepError:
-        for path in reversed(blocks):
-            replace(model, path, blocks[path].branches[ORIGIN])
+        _put_back(model, blocks, list(blocks))
         for conv in gained:
             lose_bias(conv)
         raise
     return blocks
+
+
+def _put_back(
+    model: nn.Module, blocks: Blocks, paths: Sequence[str], gained: Sequence[str] = ()
+) -> None:
+    """Make convs again of those of ``blocks`` that are at ``paths`` or below, inner ones first;
+    what is below and ``gained`` a bias loses it."""
+    for path in gained:
+        if in_scope(path, paths):
+            lose_bias(get_module(model, path))
+    for path in reversed(blocks):
+        if in_scope(path, paths):
+            replace(model, path, blocks[path].branches[ORIGIN])
 
 
 def _make_block(

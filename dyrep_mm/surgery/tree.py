@@ -5,10 +5,14 @@ A path is a dotted module name, a model any ``nn.Module``.
 
 from __future__ import annotations
 
+import copy
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dyrep_mm.errors import DyRepError
@@ -133,3 +137,69 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def state_kept(model: nn.Module, but: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Restore on leaving what a forward may change in ``model``: modes, parameters, buffers, and
+    the plain attributes of its modules with the tensors and containers in them.
+
+    Args:
+        model: Its tree of modules must be on leaving what it was.
+        but: Tensors that are not restored.
+    """
+    left = {id(tensor) for tensor in but}
+    attributes = []
+    values: dict[int, tuple[Any, Any, Any]] = {}
+    for module in model.modules():
+        plain = {name: v for name, v in vars(module).items() if name not in _OF_EVERY_MODULE}
+        tables = [(t, dict(t)) for t in (module._parameters, module._buffers)]
+        attributes.append((module, plain, tables))
+        for value in (*plain.values(), *tables[0][1].values(), *tables[1][1].values()):
+            _remember(value, left, values)
+    try:
+        with modes_kept(model):
+            yield
+    finally:
+        for module, plain, tables in attributes:
+            for name in vars(module).keys() - plain.keys() - _OF_EVERY_MODULE:
+                del vars(module)[name]
+            vars(module).update(plain)
+            for table, entries in tables:
+                table.clear()
+                table.update(entries)
+        for value, storage, kept in values.values():
+            _recall(value, storage, kept)
+
+
+#: Attributes that torch gives to a module.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
+
+
+def _remember(value: Any, left: set[int], values: dict[int, tuple[Any, Any, Any]]) -> None:
+    """Note content and storage of a tensor, and of what is in a container, by id."""
+    if id(value) in values or id(value) in left:
+        return
+    if isinstance(value, Tensor):
+        if value.layout == torch.strided:
+            values[id(value)] = value, value.detach(), value.detach().clone()
+    elif type(value) in _CONTAINERS:
+        values[id(value)] = value, None, copy.copy(value)
+        for item in value.values() if isinstance(value, dict) else value:
+            _remember(item, left, values)
+
+
+@torch.no_grad()
+def _recall(value: Any, storage: Any, kept: Any) -> None:
+    if isinstance(value, Tensor):
+        if not torch.equal(storage, kept):
+            storage.copy_(kept)
+        if value.data_ptr() != storage.data_ptr() or value.shape != storage.shape:
+            value.data = storage
+    elif isinstance(value, list):
+        value[:] = kept
+    else:
+        value.clear()
+        (value.extend if isinstance(value, deque) else value.update)(kept)

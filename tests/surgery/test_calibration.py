@@ -8,14 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet18, resnet50
 
-from dyrep_mm.errors import DyRepError
 from dyrep_mm.reparam.branches import BRANCHES
 from dyrep_mm.surgery.calibration import calibrate
 from dyrep_mm.surgery.optimizer import check_optimizer, sync_optimizer
 from dyrep_mm.surgery.rewire import insert, rewire
 from dyrep_mm.surgery.tree import blocks_of, get_module
-from support.checks import assert_same
-from support.nets import SETS, image, make_net, norms_of, output_of, randomise, snapshot
+from support.checks import assert_same, assert_untouched
+from support.nets import SETS, image, make_net, norms_of, output_of, randomise, snapshot, types_of
 
 #: Largest relative change of the training loss on the same batch when a conv grows.
 LOSS_JUMP = 0.005
@@ -240,16 +239,43 @@ def test_no_block_needs_no_batch():
     calibrate(make_net(), {}, iter(()), None)
 
 
-def test_errors():
-    model = make_net()
-    insert(model, {'conv1': None})
-    with pytest.raises(DyRepError, match='never reached'):
-        calibrate(model, blocks_of(model), [], model)
-    with pytest.raises(DyRepError, match='never reached'):
-        calibrate(model, blocks_of(model), batches(), model.stem)
-    for bad in (float('nan'), float('inf')):
-        with pytest.raises(DyRepError, match='not finite'):
-            calibrate(model, blocks_of(model), [image(2, 3, 12, 13) * bad], model)
+def of_images(n):
+    return image(n, 3, 12, 13)
+
+
+@pytest.mark.parametrize(
+    ('data', 'part', 'reason'),
+    [
+        ([], None, 'no training batch'),
+        (batches(), 'stem', 'not called'),
+        ([of_images(2), of_images(2) * float('nan')], None, 'not finite'),
+        ([of_images(2) * float('inf')], None, 'not finite'),
+        ([of_images(2), of_images(0)], None, 'less than two values'),
+        ([of_images(2), image(1, 3, 2, 2)], None, 'less than two values'),
+    ],
+)
+def test_what_cannot_be_measured_is_named_and_put_back(data, part, reason):
+    """The others settle; the conv is what it was, without what was nested in its block."""
+    model, inner = make_net().eval(), 'conv1.branches.1x1-kxk.conv'
+    conv, state, x = model.conv1, snapshot(model), image()
+    before, types = output_of(model, x), types_of(model)
+    forward = get_module(model, part) if part else model
+    reasons = {}
+
+    def measure(blocks):
+        reasons.update(calibrate(model, blocks, data, forward))
+        return reasons
+
+    grow = {'stem': ['1x1'], 'conv1': None, inner: ['1x1'], 'conv1.branches.kxk': []}
+    standing = rewire(model, grow, measure=measure)
+    assert set(reasons) >= {'conv1'}
+    assert reason in reasons['conv1']
+    assert set(standing) == set(blocks_of(model)) == {'stem'} - set(reasons)
+    assert model.conv1 is conv
+    assert conv.bias is None
+    assert_same(output_of(model, x), before)
+    if not standing:
+        assert_untouched(model, state, types)
 
 
 @pytest.mark.parametrize('names', [[n] for n in BRANCHES], ids=str)
