@@ -23,7 +23,8 @@ MAP = {
     # For mmengine, which looks for `registry` at the top.
     'mmengine': ['registry', 'backbones'],
     'engine': [
-        *('checkpoint', 'runner', 'batches', 'transaction', 'pretrained', 'hook', 'converter'),
+        *('checkpoint', 'runner', 'batches', 'transaction', 'pretrained', 'hook'),
+        *('passes', 'converter'),
     ],
 }
 ORDER = [

@@ -11,7 +11,8 @@ from mmengine.registry import TASK_UTILS
 import dyrep_mm
 from dyrep_mm.engine import converter
 from dyrep_mm.engine.checkpoint import load_checkpoint
-from dyrep_mm.engine.converter import build_model, features, fuse_checkpoint, relative_difference
+from dyrep_mm.engine.converter import build_model, fuse_checkpoint, relative_difference
+from dyrep_mm.engine.passes import features_of
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.evolution.record import Record
 from support.runs import PRUNING, resnet_config, resnet_runner
@@ -47,7 +48,9 @@ def test_fused_file_is_the_plain_model_and_nothing_else(tmp_path, ema):
     (ema_hook,) = [h for h in run.hooks if hasattr(h, 'ema_model')] or [None]
     used = ema_hook.ema_model.module if ema else run.model
     with torch.no_grad():
-        assert relative_difference(features(used.eval(), inputs), features(fused, inputs)) < 1e-5
+        assert (
+            relative_difference(features_of(used.eval(), inputs), features_of(fused, inputs)) < 1e-5
+        )
     assert sorted(p.name for p in tmp_path.iterdir()) == ['out.pth', 'plain.py', 'run']
 
 
@@ -110,14 +113,14 @@ def test_converter_from_a_config(tmp_path, source):
     model = build_model(resnet_config(tmp_path, iters=8)).double()
     inputs = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
-        before = features(model, inputs)
+        before = features_of(model, inputs)
         keys = model.state_dict().keys()
         assert convert.expand(model) is model
         assert len(dyrep_mm.structure_of(model)) == (1 if source in structure else 16)
-        assert relative_difference(before, features(model, inputs)) < 1e-12
+        assert relative_difference(before, features_of(model, inputs)) < 1e-12
         fused = convert.fuse(model, inputs)
         assert fused.state_dict().keys() == keys
-        assert relative_difference(before, features(fused, inputs)) < 1e-12
+        assert relative_difference(before, features_of(fused, inputs)) < 1e-12
 
 
 def test_converter_refuses():
