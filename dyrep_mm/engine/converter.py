@@ -23,7 +23,14 @@ from dyrep_mm.engine.checkpoint import (
     weights_of,
 )
 from dyrep_mm.engine.hook import DyRepHook
-from dyrep_mm.engine.passes import Passes, first_line, image_channels, shape_of, tensors_in
+from dyrep_mm.engine.passes import (
+    Passes,
+    first_line,
+    image_channels,
+    noise_for,
+    shape_of,
+    tensors_in,
+)
 from dyrep_mm.engine.pretrained import DyRepPretrained
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.evolution.record import KEY
@@ -151,8 +158,7 @@ def difference(model: nn.Module, fused: nn.Module, inputs: Tensor, passes: Passe
     pairs = [(passes(model, inputs), passes(fused, inputs))]
     for path in passes.unreached:
         block, conv = get_module(model, path), get_module(fused, path)
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(2, block.in_channels, 32, 32, generator=generator).to(inputs)
+        x = noise_for(block.in_channels, inputs)
         pairs.append((block(x), conv(x)))
     return relative_difference(*zip(*pairs, strict=True))
 
@@ -209,13 +215,14 @@ def fuse_checkpoint(
     dtypes = {name: tensor.dtype for name, tensor in plain.state_dict().items()}
     inputs, passes = find_passes(exact, plain, sizes or [IMAGE_SIZE, *sizes_in(cfg)])
     for path in passes.unreached:
-        say(f'{path} is in no forward that could be made: it is verified by itself')
+        say(f'{path} is in no forward that could be made: it is verified by itself, norms left out')
     fused = fuse(exact, inputs, forward=passes)
     plain.double()
     for path in _transplant(fused, plain, checkpoint):
         biased.append(path)
         dtypes[f'{path}.bias'] = dtypes[f'{path}.weight']
-        say(f'{path} gains a bias: no BN takes its output, so its plain config must have one')
+        why = 'no BN takes its output' if path not in passes.unreached else 'it has no known BN'
+        say(f'{path} gains a bias: {why}, so its plain config must have one')
     error64 = difference(exact, plain, inputs, passes)
     state = {name: tensor.to(dtypes[name]) for name, tensor in plain.state_dict().items()}
     error32 = difference(model, plain.float(), inputs.float(), passes)

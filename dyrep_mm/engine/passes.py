@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.surgery.tree import get_module, modes_kept
 
-IMAGES, FEATURES, REGIONS = 'images', 'features', 'regions'
+IMAGES, FEATURES, REGIONS, NOISE = 'images', 'features', 'regions', 'noise'
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,13 @@ class Call:
     Attributes:
         path: Of the module; the empty one is the model.
         source: The arguments: the images, the features, regions cut out of the first map of the
-            features, or one of their maps, by number.
+            features, one of their maps, by number, or noise.
+        channels: Of the noise.
     """
 
     path: str
     source: str | int
+    channels: int = 0
 
 
 class Passes:
@@ -40,7 +42,8 @@ class Passes:
     The model's own forward comes first, for an OpenMMLab model the one of mode ``'tensor'``. It
     leaves auxiliary heads out, and that of a two-stage detector needs proposals. A part that it
     does not reach lies in a head: the outermost module around the part that takes the features,
-    or regions of them, is called on them.
+    or regions of them, is called on them. Where none does, as in a branch that runs in train mode
+    alone, it is the outermost one that takes a map of noise with as many channels as the part.
 
     Args:
         model: Any model that takes images.
@@ -83,11 +86,16 @@ class Passes:
     def _reach(self, model: nn.Module, path: str, inputs: Tensor, features: Any) -> None:
         """Find a call that reaches the module at ``path``."""
         names = path.split('.')
-        for end in range(1, len(names)):
-            around = '.'.join(names[:end])
-            for source in _sources(get_module(model, around), features):
-                if path in self.unreached:
-                    self._try(model, Call(around, source), inputs, features)
+        holders = ['.'.join(names[:end]) for end in range(1, len(names))]
+        calls = [
+            Call(holder, source)
+            for holder in holders
+            for source in _sources(get_module(model, holder), features)
+        ]
+        calls += [Call(holder, NOISE, get_module(model, path).in_channels) for holder in holders]
+        for call in calls:
+            if path in self.unreached:
+                self._try(model, call, inputs, features)
 
     def _try(self, model: nn.Module, call: Call, inputs: Tensor, features: Any) -> str | None:
         """Keep ``call`` if it works and reaches a part that no other does; else say why not."""
@@ -182,6 +190,12 @@ def tensors_in(output: Any) -> list[Tensor]:
     return [t for item in output for t in tensors_in(item)] if nested else []
 
 
+def noise_for(channels: int, images: Tensor) -> Tensor:
+    """Two random maps (2, channels, 32, 32) like ``images``, the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, channels, 32, 32, generator=generator).to(images)
+
+
 def shape_of(images: Tensor) -> str:
     """Channels, height and width of ``images``, to be read."""
     return 'x'.join(map(str, images.shape[1:]))
@@ -216,6 +230,8 @@ def _output(model: nn.Module, call: Call, inputs: Tensor, features: Any) -> Any:
     module = get_module(model, call.path)
     if call.source == FEATURES:
         value = features
+    elif call.source == NOISE:
+        value = noise_for(call.channels, inputs)
     elif call.source == REGIONS:
         value = adaptive_avg_pool2d(tensors_in(features)[0], module.roi_feat_size)
     else:

@@ -329,6 +329,25 @@ def test_a_wrong_head_is_not_written(tmp_path, case, monkeypatch):
     assert not (tmp_path / 'out.pth').exists()
 
 
+def test_branch_of_train_mode_alone_is_fused_with_its_norm(tmp_path):
+    config = segmentor({'type': 'DDRHead', 'in_channels': 8, 'num_classes': 3})
+    config['model'] |= {
+        'backbone': {'type': 'DDRNet', 'channels': 4, 'ppm_channels': 4, 'norm_cfg': BN},
+        'auxiliary_head': None,
+    }
+    config['model']['decode_head'] |= {'in_channels': 16, 'channels': 8}
+    file, checkpoint, model = write(tmp_path, config, 'decode_head')
+    assert list(blocks_of(model)) == ['decode_head.head.0.conv', 'decode_head.aux_head.0.conv']
+    report = fuse_checkpoint(file, checkpoint, tmp_path / 'out.pth')
+    assert not report.biased
+    plain = build_model(Config.fromfile(file))
+    plain.load_state_dict(torch.load(tmp_path / 'out.pth')['state_dict'], strict=True)
+    with torch.no_grad():
+        x = torch.randn(2, 8, 16, 16)
+        before, after = (m.decode_head.aux_head(x) for m in (model, plain))
+        assert_same(after, before)
+
+
 @pytest.mark.parametrize('head', ['RTMDetSepBNHead', 'RetinaSepBNHead'])
 def test_convs_that_levels_share_with_norms_of_their_own_do_not_grow(head):
     """They would have to take the bias of one conv into the norms of all levels."""
