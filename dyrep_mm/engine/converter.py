@@ -130,7 +130,7 @@ def build_model(config: Config) -> nn.Module:
     """
     init_default_scope(config.get('default_scope', 'mmengine'))
     try:
-        model = MODELS.build(config.model)
+        model = MODELS.build(copy.deepcopy(config.model))  # some models add to it
     except Exception as error:  # of any class that a config names
         raise DyRepError(
             f'the model of {config.filename} cannot be built: {first_line(error)}'
