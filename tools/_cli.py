@@ -13,7 +13,20 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from dyrep_mm.engine.checkpoint import load_checkpoint, structure_in
+from dyrep_mm.engine.converter import read_config
 from dyrep_mm.errors import DyRepError
+
+
+def check_out(path: str | None, *suffixes: str) -> None:
+    """Refuse a file to write, before the work, where it could not be written after it."""
+    if path is None:
+        return
+    if suffixes and not path.endswith(suffixes):
+        raise DyRepError(f'--out must end in {" or ".join(suffixes)}, got {path}')
+    if Path(path).is_dir():
+        raise DyRepError(f'--out {path} is a folder: name the file to write')
+    if not (folder := Path(path).resolve().parent).is_dir():
+        raise DyRepError(f'{folder} is no folder to write {Path(path).name} into')
 
 
 @contextmanager
@@ -40,9 +53,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 def load_config(args: argparse.Namespace) -> Config:
     """The config with the flags of :func:`add_common` applied."""
-    if not Path(args.config).is_file():
-        raise DyRepError(f'there is no config file {args.config}')
-    config = Config.fromfile(args.config)
+    config = read_config(args.config)
     config.launcher = args.launcher
     if args.cfg_options is not None:
         config.merge_from_dict(args.cfg_options)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _cli import add_common, build_runner, check_local, load_config, sentence
+from _cli import add_common, build_runner, check_local, check_out, load_config, sentence
 from mmengine.hooks import Hook
 from mmengine.structures import BaseDataElement
 from prettytable import PrettyTable
@@ -62,14 +62,18 @@ def differences(first: list, second: list) -> tuple[dict[str, float], int]:
     """Largest difference of each predicted tensor, and on how many samples shapes differ."""
     largest: dict[str, float] = {}
     unlike = 0
+    if len(first) != len(second):
+        raise DyRepError(f'one config tests {len(first)} samples, the other {len(second)}')
     for one, other in zip(first, second, strict=True):
-        pairs = [(name, a, dict(tensors(other))[name]) for name, a in tensors(one)]
-        if any(a.shape != b.shape for _, a, b in pairs):
+        one, other = dict(tensors(one)), dict(tensors(other))
+        if {n: t.shape for n, t in one.items()} != {n: t.shape for n, t in other.items()}:
             unlike += 1
             continue
-        for name, a, b in pairs:
-            gap = (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
-            largest[name] = max(largest.get(name, 0.0), gap)
+        for name, a in one.items():
+            gap = (a.double() - other[name].double()).abs().max().item() if a.numel() else 0.0
+            before = largest.get(name, 0.0)
+            # NaN is above all numbers.
+            largest[name] = before if before != before or gap <= before else gap
     return largest, unlike
 
 
@@ -84,6 +88,9 @@ def main() -> None:
     parser.add_argument('--tolerance', type=float, help='exit with 1 above this difference')
     args = parser.parse_args()
     with sentence('compare'):
+        if args.tolerance is not None and not args.tolerance >= 0:
+            raise DyRepError(f'--tolerance is a number of at least 0, got {args.tolerance}')
+        check_out(args.out)
         metrics, predictions = evaluate(args, args.config, args.checkpoint)
         others, other_predictions = evaluate(args, args.other_config, args.other_checkpoint)
         table = PrettyTable(
@@ -98,7 +105,7 @@ def main() -> None:
             lines.append(f'  another number of predictions on {unlike} samples')
         print('\n'.join(lines))
         if args.tolerance is not None:
-            if unlike or max(largest.values()) > args.tolerance:
+            if unlike or not all(gap <= args.tolerance for gap in largest.values()):
                 raise DyRepError(f'the predictions differ by more than {args.tolerance}')
         if args.out is not None:
             Path(args.out).write_text('\n'.join(lines) + '\n')

@@ -13,7 +13,11 @@ def main() -> None:
     parser.add_argument('checkpoint', help='checkpoint of the run')
     parser.add_argument('out', help='file to write; only if the fused model is verified')
     parser.add_argument(
-        '--size', type=int, default=IMAGE_SIZE, help='height and width of the verification images'
+        '--size',
+        type=int,
+        nargs='+',
+        help='height and width of the verification images, or one number for both; '
+        f'default: {IMAGE_SIZE}, or what the config says of a model that does not take it',
     )
     parser.add_argument(
         '--tolerance',

@@ -3,10 +3,8 @@
 import argparse
 import os
 
-from _cli import add_common, build_runner, check_local, load_config, sentence
+from _cli import add_common, build_runner, check_local, check_out, load_config, sentence
 from mmengine.evaluator import DumpResults
-
-from dyrep_mm.errors import DyRepError
 
 
 def parse_args() -> argparse.Namespace:
@@ -23,11 +21,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     with sentence('test'):
+        check_out(args.out, '.pkl', '.pickle')
         config = load_config(args)
         config.load_from = args.checkpoint
         check_local(args.checkpoint, config)
-        if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
-            raise DyRepError(f'--out must end in .pkl or .pickle, got {args.out}')
         runner = build_runner(config)
         if args.out is not None:
             runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))

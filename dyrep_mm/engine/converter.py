@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.model import (
-    revert_sync_batchnorm,
-)
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import HOOKS, MODELS, init_default_scope
 from torch import Tensor, nn
 
 from dyrep_mm.engine.checkpoint import (
@@ -22,14 +22,24 @@ from dyrep_mm.engine.checkpoint import (
     save_atomically,
     weights_of,
 )
+from dyrep_mm.engine.hook import DyRepHook
+from dyrep_mm.engine.passes import (
+    Passes,
+    first_line,
+    image_channels,
+    noise_for,
+    shape_of,
+    tensors_in,
+)
+from dyrep_mm.engine.pretrained import DyRepPretrained
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.evolution.record import KEY
 from dyrep_mm.registry import TASK_UTILS
 from dyrep_mm.reparam.block import gain_bias
 from dyrep_mm.surgery.fuse import fuse
 from dyrep_mm.surgery.rewire import INIT_SCALE, expand, restore
-from dyrep_mm.surgery.structure import PRESETS
-from dyrep_mm.surgery.tree import Scope, blocks_of, depth_of, get_module
+from dyrep_mm.surgery.structure import PRESETS, altered
+from dyrep_mm.surgery.tree import Scope, blocks_of, get_module
 from dyrep_mm.version import __version__
 
 #: Height and width of the images on which a fused model is verified, pixels.
@@ -72,7 +82,8 @@ class DyRepConverter:
 
     def fuse(self, model: nn.Module, inputs: Tensor | None = None) -> nn.Module:
         """A plain copy of ``model``, see :func:`dyrep_mm.fuse`."""
-        return fuse(model, inputs, forward=features)
+        forward = None if inputs is None else Passes(model, inputs, altered(model))
+        return fuse(model, inputs, forward=forward)
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,7 @@ class FuseReport:
         blocks: How many blocks became convs.
         biased: Convs that gained a bias, since no BN takes their output.
         error64: See :func:`relative_difference`, in float64.
-        error32: The same in float32.
+        error32: The same in float32, with the weights as they are in the file.
     """
 
     weights: str
@@ -94,52 +105,62 @@ class FuseReport:
     error32: float
 
 
-def features(model: nn.Module, inputs: Tensor) -> Any:
-    """What ``model`` computes from images (n, 3, h, w): the features of its backbone and neck
-    where it is an OpenMMLab model, else its output."""
-    extract = getattr(model, 'extract_feat', model)
-    return extract(inputs)
+def read_config(path: str | Path) -> Config:
+    """The config of a file.
+
+    Raises:
+        DyRepError: there is no such file, or it is no config with a model.
+    """
+    if not Path(path).is_file():
+        raise DyRepError(f'there is no config file {path}')
+    try:
+        config = Config.fromfile(path)
+    except Exception as error:  # a config is code
+        raise DyRepError(f'config file {path} cannot be read: {first_line(error)}') from error
+    if not isinstance(config.get('model'), dict):
+        raise DyRepError(f'config file {path} has no model')
+    return config
 
 
 def build_model(config: Config) -> nn.Module:
-    """The model of a config, on CPU, in eval mode, its weights not initialised."""
+    """The model of a config, on CPU, in eval mode, its weights not initialised.
+
+    Raises:
+        DyRepError: a type in it is unknown, or an argument is wrong.
+    """
     init_default_scope(config.get('default_scope', 'mmengine'))
-    return revert_sync_batchnorm(MODELS.build(config.model)).eval()
-
-
-def tensors_in(output: Any) -> list[Tensor]:
-    """All tensors in nested lists, tuples and dicts."""
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, Mapping):
-        output = output.values()
-    return [t for item in output for t in tensors_in(item)] if isinstance(output, Iterable) else []
+    try:
+        model = MODELS.build(copy.deepcopy(config.model))  # some models add to it
+    except Exception as error:  # of any class that a config names
+        raise DyRepError(
+            f'the model of {config.filename} cannot be built: {first_line(error)}'
+        ) from error
+    return revert_sync_batchnorm(model).eval()
 
 
 def relative_difference(first: Any, second: Any) -> float:
-    """Largest difference of two outputs, each tensor relative to its own largest value."""
-    pairs = zip(tensors_in(first), tensors_in(second), strict=True)
-    return max(((a - b).abs().max() / a.abs().max().clamp_min(1e-30)).item() for a, b in pairs)
+    """Largest difference of two outputs, each tensor relative to its own largest value; not finite
+    where one of them is not."""
+    gaps = []
+    for one, other in zip(tensors_in(first), tensors_in(second), strict=True):
+        if one.numel():
+            a, b = one.double(), other.double()
+            # A head may put out infinities, which are equal.
+            largest = torch.where(a.isfinite(), a, 0.0).abs().max().clamp_min(1e-30)
+            gaps.append((torch.where(a == b, 0.0, a - b).abs().max() / largest).item())
+    return next((gap for gap in gaps if not math.isfinite(gap)), max(gaps, default=0.0))
 
 
 @torch.no_grad()
-def difference(model: nn.Module, fused: nn.Module, inputs: Tensor) -> float:
-    """:func:`relative_difference` of the features of both, and of the blocks that no feature
-    needs, as in a head, each on an input of its own."""
-    reached: set[nn.Module] = set()
-    blocks = {p: b for p, b in blocks_of(model).items() if depth_of(model, p) == 0}
-    handles = [b.register_forward_hook(lambda b, *_: reached.add(b)) for b in blocks.values()]
-    errors = [relative_difference(features(model, inputs), features(fused, inputs))]
-    for handle in handles:
-        handle.remove()
-    for path, block in blocks.items():
-        if block not in reached:
-            x = torch.randn(
-                2, block.in_channels, 32, 32, generator=torch.Generator().manual_seed(0)
-            )
-            x = x.to(inputs)
-            errors.append(relative_difference(block(x), get_module(fused, path)(x)))
-    return max(errors)
+def difference(model: nn.Module, fused: nn.Module, inputs: Tensor, passes: Passes) -> float:
+    """:func:`relative_difference` of all that both put out, and of the blocks that no pass reaches,
+    each on an input of its own."""
+    pairs = [(passes(model, inputs), passes(fused, inputs))]
+    for path in passes.unreached:
+        block, conv = get_module(model, path), get_module(fused, path)
+        x = noise_for(block.in_channels, inputs)
+        pairs.append((block(x), conv(x)))
+    return relative_difference(*zip(*pairs, strict=True))
 
 
 def fuse_checkpoint(
@@ -147,7 +168,7 @@ def fuse_checkpoint(
     checkpoint: str | Path,
     out: str | Path,
     *,
-    size: int = IMAGE_SIZE,
+    size: int | Sequence[int] | None = None,
     tolerance: float = TOLERANCE,
     trust: bool = False,
     say: Callable[[str], None] = lambda _: None,
@@ -155,53 +176,198 @@ def fuse_checkpoint(
     """Turn a checkpoint with a structure into a plain one, verified.
 
     The model is rebuilt from config and structure, fused, reloaded with ``strict=True`` into
-    the plain model of the config, and both are compared on random images. ``out`` is written
-    only if they agree.
+    the plain model of the config, and both are compared on random images, heads included.
+    ``out`` is written only if they agree.
 
     Args:
         config: Config file; a DyRep hook in it does not matter.
         checkpoint: Checkpoint of a run with DyRep.
-        out: The file to write: ``state_dict`` of the plain model and ``meta``.
-        size: Height and width of the two random images, pixels.
+        out: The file to write: ``state_dict`` of the plain model and ``meta``, with the config
+            without DyRep.
+        size: Height and width of the two random images, pixels, or one number for both. By
+            default :data:`IMAGE_SIZE`, or for a model that does not take it a size that the
+            config names.
         tolerance: Largest accepted relative difference in float64.
         trust: Load a checkpoint that holds more than plain data.
         say: Is told what happens.
 
     Raises:
-        DyRepError: the checkpoint cannot be read, does not fit the config, holds no
-            structure, or the fused model differs.
+        DyRepError: an argument is wrong, the checkpoint cannot be read, does not fit the config,
+            holds no structure or a number that is not finite, no image is found that the model
+            takes, or the fused model differs.
     """
+    sizes = None if size is None else [_check_size(size)]
+    if not 0 <= tolerance < math.inf:
+        raise DyRepError(f'tolerance is a finite number of at least 0, got {tolerance}')
+    _check_out(out, checkpoint)
     loaded, structure = load_grown(checkpoint, trust=trust)
-    if not Path(config).is_file():
-        raise DyRepError(f'there is no config file {config}')
-    if not (folder := Path(out).resolve().parent).is_dir():
-        raise DyRepError(f'{folder} is no folder to write {Path(out).name} into')
-    cfg = Config.fromfile(config)
-    model = build_model(cfg)
+    cfg = read_config(config)
+    model, plain = build_model(cfg), build_model(cfg)
     restore(model, structure, weights_of(loaded))
     load_strictly(model, weights_of(loaded), checkpoint)
+    check_finite(model, checkpoint)
     weights = 'EMA weights' if 'ema_state_dict' in loaded else 'weights'
     blocks = len(blocks_of(model))
     say(f'fusing the {weights} that a test of {checkpoint} uses: {blocks} blocks')
 
-    inputs = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    plain, biased = build_model(cfg), []
-    fused = fuse(model, inputs, forward=features)
+    # In float64, which holds the model's own numbers; the file gets them rounded once.
+    exact, biased = copy.deepcopy(model).double(), []
+    dtypes = {name: tensor.dtype for name, tensor in plain.state_dict().items()}
+    inputs, passes = find_passes(exact, plain, sizes or [IMAGE_SIZE, *sizes_in(cfg)])
+    for path in passes.unreached:
+        say(f'{path} is in no forward that could be made: it is verified by itself, norms left out')
+    fused = fuse(exact, inputs, forward=passes)
+    plain.double()
     for path in _transplant(fused, plain, checkpoint):
         biased.append(path)
-        say(f'{path} gains a bias: no BN takes its output, so its plain config must have one')
-    state = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
-    error32 = difference(model, plain, inputs)
-    error64 = difference(model.double(), plain.double(), inputs.double())
-    say(f'relative difference of outputs: {error64:.1e} in float64, {error32:.1e} in float32')
+        dtypes[f'{path}.bias'] = dtypes[f'{path}.weight']
+        why = 'no BN takes its output' if path not in passes.unreached else 'it has no known BN'
+        say(f'{path} gains a bias: {why}, so its plain config must have one')
+    error64 = difference(exact, plain, inputs, passes)
+    state = {name: tensor.to(dtypes[name]) for name, tensor in plain.state_dict().items()}
+    error32 = difference(model, plain.float(), inputs.float(), passes)
+    say(
+        f'relative difference of outputs on images of {shape_of(inputs)}: '
+        f'{error64:.1e} in float64, {error32:.1e} in float32'
+    )
     if not error64 <= tolerance:
         raise DyRepError(
             f'the fused model differs by {error64:.1e} in float64, more than {tolerance:.0e}: '
             f'{out} is not written'
         )
-    save_atomically(_fused_checkpoint(loaded['meta'], checkpoint, weights, state), out)
+    meta = {**loaded['meta'], 'cfg': plain_config(cfg).pretty_text}
+    save_atomically(_fused_checkpoint(meta, checkpoint, weights, state), out)
     say(f'wrote {out}')
     return FuseReport(weights, blocks, biased, error64, error32)
+
+
+def find_passes(
+    model: nn.Module, plain: nn.Module, sizes: Iterable[int | tuple[int, int]]
+) -> tuple[Tensor, Passes]:
+    """Two random images that ``model`` takes, in float64, and how to run it on them.
+
+    Args:
+        model: With blocks, in float64.
+        plain: The same without blocks.
+        sizes: Heights and widths to try, pixels. The first is taken that reaches all blocks, else
+            the one that reaches most.
+
+    Raises:
+        DyRepError: ``model`` takes none of them.
+    """
+    found: list[tuple[Tensor, Passes]] = []
+    trouble = []
+    for size in dict.fromkeys(map(_check_size, sizes)):
+        shape = (2, image_channels(plain, size), *size)
+        try:
+            inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
+            found.append((inputs, Passes(model, inputs, altered(model))))
+        except DyRepError as error:
+            trouble.append(str(error))
+        except RuntimeError as error:  # too large for the memory
+            trouble.append(f'no images of {size[0]}x{size[1]}: {first_line(error)}')
+        else:
+            if not found[-1][1].unreached:
+                break
+    if not found:
+        raise DyRepError(f'{trouble[0]}; --size gives the height and width that it takes')
+    return min(found, key=lambda pair: len(pair[1].unreached))
+
+
+def sizes_in(config: Any) -> list[tuple[int, int]]:
+    """Heights and widths of images that a config names, its model first."""
+    if isinstance(config, Config):
+        rest = (config.get(f'{part}_dataloader') for part in ('test', 'val', 'train'))
+        return [size for part in (config.model, *rest) for size in sizes_in(part)]
+    found = []
+    if isinstance(config, Mapping):
+        for name, value in config.items():
+            if name in ('size', 'scale') or name.endswith(('_size', '_scale', '_shape')):
+                pair = (value, value) if isinstance(value, int) else value
+                if isinstance(pair, (tuple, list)) and [type(n) for n in pair] == [int, int]:
+                    # Pipelines say width first.
+                    found += [size for size in (tuple(pair), tuple(pair[::-1])) if min(size) > 0]
+        config = list(config.values())
+    if isinstance(config, (list, tuple)):
+        found += [size for value in config for size in sizes_in(value)]
+    return found
+
+
+def check_finite(model: nn.Module, source: str | Path) -> None:
+    """Raise ``DyRepError`` if a weight or a statistic of a norm in ``model`` is not finite."""
+    weights = {name for name, _ in model.named_parameters()}
+    bad = [
+        name
+        for name, tensor in model.state_dict().items()
+        if name in weights or name.endswith(('.running_mean', '.running_var'))
+        if not tensor.isfinite().all()
+    ]
+    if bad:
+        raise DyRepError(
+            f'{source} holds numbers that are not finite, in {len(bad)} tensors, {bad[0]} first: '
+            'there is nothing to fuse'
+        )
+
+
+def names_dyrep(kind: Any) -> bool:
+    """Whether the ``type`` in a config is of DyRep, or a hook that derives from DyRep's."""
+    if isinstance(kind, str):
+        if kind.startswith('dyrep_mm.') or kind.endswith(('DyRepHook', 'DyRepPretrained')):
+            return True
+        kind = HOOKS.get(kind)
+    return isinstance(kind, type) and issubclass(kind, (DyRepHook, DyRepPretrained))
+
+
+def plain_config(config: Config) -> Config:
+    """``config`` without what trains with DyRep: hook, initialiser, import."""
+    plain = copy.deepcopy(config)
+    hooks = plain.get('default_hooks') or {}
+    for name in [name for name, hook in hooks.items() if hook and names_dyrep(hook.get('type'))]:
+        hooks.pop(name)
+    if plain.get('custom_hooks'):
+        plain.custom_hooks = [
+            h for h in plain.custom_hooks if not (h and names_dyrep(h.get('type')))
+        ]
+    if plain.get('custom_imports'):
+        imports = plain.custom_imports.get('imports') or []
+        imports = [imports] if isinstance(imports, str) else imports
+        plain.custom_imports.imports = [m for m in imports if m.split('.')[0] != 'dyrep_mm']
+    _drop_initialisers(plain.model)
+    return plain
+
+
+def _drop_initialisers(part: Any) -> None:
+    """Take DyRep's initialisers out of the config of a model, in place."""
+    if isinstance(part, dict):
+        init = part.get('init_cfg')
+        if isinstance(init, (list, tuple)):
+            part['init_cfg'] = [i for i in init if not names_dyrep(i.get('type'))]
+        elif isinstance(init, dict) and names_dyrep(init.get('type')):
+            part['init_cfg'] = None
+        part = list(part.values())
+    if isinstance(part, (list, tuple)):
+        for value in part:
+            _drop_initialisers(value)
+
+
+def _check_size(size: int | Sequence[int]) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    pair = pair * 2 if len(pair) == 1 else pair
+    if len(pair) != 2 or min(pair) < 1:
+        raise DyRepError(
+            f'size is a height and a width of at least 1 pixel, got {"x".join(map(str, pair))}'
+        )
+    return pair
+
+
+def _check_out(out: str | Path, checkpoint: str | Path) -> None:
+    """Refuse where nothing can be written, before the work."""
+    if not (folder := Path(out).resolve().parent).is_dir():
+        raise DyRepError(f'{folder} is no folder to write {Path(out).name} into')
+    if Path(out).is_dir():
+        raise DyRepError(f'{out} is a folder: name the file to write')
+    if Path(out).resolve() == Path(checkpoint).resolve():
+        raise DyRepError(f'{out} is the checkpoint itself: name another file to write')
 
 
 def _transplant(fused: nn.Module, plain: nn.Module, source: str | Path) -> list[str]:
@@ -219,7 +385,6 @@ def _fused_checkpoint(
     meta: Mapping, source: str | Path, weights: str, state: dict[str, Tensor]
 ) -> dict[str, Any]:
     """The content of a fused file: plain data, and from where it comes."""
-    kept = {'dataset_meta', 'epoch', 'iter'} & meta.keys()
     said = {
         'fused': True,
         'source': Path(source).name,
@@ -228,7 +393,8 @@ def _fused_checkpoint(
         'structure': {},
     }
     return {
-        'meta': {**{name: _plain(meta[name]) for name in sorted(kept)}, KEY: said},
+        # Inferencers need `cfg` and `dataset_meta`; the rest says where the weights come from.
+        'meta': {**_plain(meta), KEY: said},
         'state_dict': state,
     }
 

@@ -8,11 +8,17 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mmdet.datasets import CocoDataset
+from mmdet.structures import DetDataSample
 
+from dyrep_mm import expand, structure_of
 from dyrep_mm.engine.checkpoint import load_checkpoint
+from dyrep_mm.engine.converter import build_model, read_config
+from dyrep_mm.evolution.record import Record
+from support.nets import randomise
 from support.processes import call, run_tool
 from support.runs import journal
 
@@ -192,3 +198,102 @@ def test_train_refuses(coco, tmp_path, options, word):
     assert word in printed.strip().splitlines()[-1]
     assert 'Traceback' not in printed
     assert not list(tmp_path.glob('*.pth'))
+
+
+SMALL = """
+default_scope = 'mmdet'
+model = dict(
+    type='RetinaNet',
+    data_preprocessor=dict(type='DetDataPreprocessor', pad_size_divisor=32),
+    backbone=dict(type='ResNet', depth=18, stem_channels=8, base_channels=8,
+                  init_cfg=dict(type='dyrep_mm.DyRepPretrained', checkpoint='nowhere.pth')),
+    neck=dict(type='FPN', in_channels=[8, 16, 32, 64], out_channels=8, num_outs=5),
+    bbox_head=dict(
+        type='RetinaHead', num_classes=2, in_channels=8, feat_channels=8, stacked_convs=1,
+        anchor_generator=dict(type='AnchorGenerator', scales=[4], ratios=[1.0],
+                              strides=[8, 16, 32, 64, 128]),
+        bbox_coder=dict(type='DeltaXYWHBBoxCoder')),
+    test_cfg=dict(nms_pre=100, score_thr=0.0, nms=dict(type='nms', iou_threshold=0.5),
+                  max_per_img=10))
+test_dataloader = dict(dataset=dict(
+    type='CocoDataset', ann_file='nowhere.json', metainfo=dict(classes=('dark', 'bright')),
+    pipeline=[dict(type='LoadImageFromFile'), dict(type='Resize', scale=(64, 64)),
+              dict(type='PackDetInputs', meta_keys=('ori_shape', 'img_shape', 'scale_factor'))]))
+test_cfg = dict(type='TestLoop')
+test_evaluator = dict(type='CocoMetric')
+visualizer = dict(type='DetLocalVisualizer', vis_backends=[])
+custom_imports = dict(imports=['dyrep_mm'])
+custom_hooks = [dict(type='dyrep_mm.DyRepHook', interval=1)]
+"""
+
+
+def test_inferencer_needs_the_fused_file_alone(tmp_path):
+    config, checkpoint, fused = (tmp_path / n for n in ('c.py', 'grown.pth', 'fused.pth'))
+    config.write_text(SMALL)
+    model = build_model(read_config(config))
+    expand(model, 'dbb', scope='backbone')
+    # Far from the same for all images.
+    torch.nn.init.normal_(model.bbox_head.retina_cls.weight)
+    meta = {'epoch': 3, 'dataset_meta': {'classes': ('dark', 'bright')}}
+    content = {'meta': meta, 'state_dict': randomise(model).state_dict()}
+    Record(structure_of(model)).to_checkpoint(content)
+    torch.save(content, checkpoint)
+    printed = run_tool('fuse', config, checkpoint, fused)
+    assert 'gains a bias' not in printed
+
+    script = f"""
+import sys; sys.modules['dyrep_mm'] = None
+import json
+import numpy as np
+import torch
+from mmdet.apis import DetInferencer
+inferencer = DetInferencer(weights={str(fused)!r}, device='cpu', palette='random')
+image = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
+found = inferencer(image, show=False)['predictions'][0]
+print(json.dumps([list(inferencer.model.dataset_meta['classes']), found]))
+"""
+    said = call(sys.executable, '-c', script, cwd=tmp_path).splitlines()
+    classes, found = next(json.loads(line) for line in said if line.startswith('[["dark"'))
+    assert classes == ['dark', 'bright']
+    assert len(found['bboxes']) == 10
+
+    # The same boxes as of the model that grew.
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
+    data = {
+        'inputs': [torch.from_numpy(image).permute(2, 0, 1)],
+        'data_samples': [DetDataSample(metainfo={
+            'img_shape': (64, 64), 'ori_shape': (64, 64), 'scale_factor': (1.0, 1.0)})],
+    }  # fmt: skip
+    expected = model.eval().test_step(data)[0].pred_instances
+    torch.testing.assert_close(torch.tensor(found['scores']), expected.scores, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(found['bboxes']), expected.bboxes, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ('tool', 'options', 'word'),
+    [
+        ('fuse', ['{config}', '{file}', '{out}', '--size', '0'], 'at least 1 pixel, got 0x0'),
+        ('fuse', ['{broken}', '{file}', '{out}'], 'cannot be read: SyntaxError'),
+        ('test', ['{empty}', '{file}'], 'has no model'),
+        ('test', ['{config}', '{file}', '--out', '{folder}.pkl'], 'is a folder'),
+        ('compare', ['{config}', '{file}'] * 2 + ['--tolerance', 'nan'], '--tolerance'),
+    ],
+)
+def test_wrong_arguments_get_a_sentence(tool, options, word, tmp_path):
+    names = {n: tmp_path / n for n in ('config', 'file', 'out', 'folder', 'broken', 'empty')}
+    names |= {n: names[n].with_suffix('.py') for n in ('config', 'broken', 'empty')}
+    names['config'].write_text(SMALL)
+    names['broken'].write_text('model = dict(')
+    names['empty'].write_text('')
+    for folder in ('folder', 'folder.pkl'):
+        (tmp_path / folder).mkdir()
+    torch.save(
+        {'meta': {'dyrep_mm': {'structure': {}}}, 'state_dict': {'a': torch.ones(1)}},
+        names['file'],
+    )
+    before = sorted(tmp_path.rglob('*'))
+    options = [option.format(**names) for option in options]
+    printed = run_tool(tool, *options, code=1)
+    assert word in printed.splitlines()[-1]
+    assert 'Traceback' not in printed
+    assert sorted(tmp_path.rglob('*')) == before
