@@ -110,7 +110,8 @@ def _own_batch_sampler(loader: DataLoader, sampler: Any) -> Any:
         return own
     size = getattr(theirs, 'batch_size', None)
     if type(size) is not int:
-        size = max(1, round(_length(sampler) / _length(theirs)))
+        size = _length(sampler) / max(1, _length(theirs))
+        size = max(1, round(size)) if math.isfinite(size) else 1
     return BatchSampler(sampler, size, drop_last=False)
 
 

@@ -222,6 +222,8 @@ def test_the_deepest_structure_works(tmp_path):
         ('last', True, 'counts'),
         ('by_epoch', 'yes', 'by_epoch'),
         ('warned', 'no', 'warned'),
+        ('left_alone', ['backbone'], 'left_alone'),
+        ('left_alone', {'backbone': 1}, 'left_alone'),
         ('scores', [1.0], 'scores'),
         ('sums', torch.zeros(1, 1), 'sums'),
         ('sums', [1.0], 'sums'),

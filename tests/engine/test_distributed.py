@@ -52,6 +52,17 @@ def test_ranks_with_seeds_of_their_own(reports):
     assert first['unwrapped'] == second['unwrapped']
 
 
+def test_ranks_agree_on_what_stays_plain(reports):
+    """One rank meets activations that are not finite: neither grows that conv. One rank does not
+    call another conv: the other one has measured it, and both grow it."""
+    first, second = (report['uneven'] for report in reports)
+    assert_in_step(first, second)
+    assert first['left_alone'] == second['left_alone']
+    assert list(first['left_alone']) == ['backbone.conv2']
+    grown = {f'backbone.{name}' for name in ('conv1', 'conv3', 'dw')}
+    assert set(first['structure'][-1]) == set(first['journal'][0]['grown']) == grown
+
+
 def test_wrapper_survives(reports):
     """Every wrapper has the settings and communication hook of the first."""
     first, second = (report['wrapper'] for report in reports)

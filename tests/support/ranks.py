@@ -14,14 +14,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from mmengine.hooks import EMAHook, Hook
+from mmengine.registry import MODELS
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import dyrep_mm
 from dyrep_mm.engine import transaction
 from dyrep_mm.engine.runner import unwrap
 from dyrep_mm.errors import DyRepError
+from dyrep_mm.surgery.candidates import left_alone
 from dyrep_mm.surgery.optimizer import check_optimizer
-from support.runs import PRUNING, dyrep, runner, watch
+from support.runs import PRUNING, TinyBackbone, TinyClassifier, dyrep, runner, watch
 
 WRAPPER = {
     'type': 'MMDistributedDataParallel',
@@ -167,6 +169,40 @@ def case_resume(folder: Path, rank: int) -> dict:
     dist.barrier()
     again = finish(train(folder, hooks, resume=True))
     return {'whole': whole['weights'], 'again': again['weights']}
+
+
+@MODELS.register_module(force=True)
+class UnevenBackbone(TinyBackbone):
+    """Rank 1 alone sends what is infinite through ``conv2``, and leaves out ``dw``."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rank = dist.get_rank()
+        x = self.bn1(self.conv1(x)).relu()
+        with torch.no_grad():
+            second = self.conv2(x / (0 if rank else 1)).nan_to_num(0, 0, 0)
+        x = self.bn3(self.conv3(self.bn2(second) + x)).relu()
+        return x if rank else self.dw_bn(self.dw(x))
+
+
+@MODELS.register_module(force=True)
+class UnevenClassifier(TinyClassifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = UnevenBackbone()
+
+
+def case_uneven(folder: Path, rank: int) -> dict:
+    """All convs at once; what one rank cannot measure stays plain on both."""
+    hook = {**PRUNING, 'metric': 'random', 'grow_per_update': 99, 'prune': False, 'max_depth': 1}
+    report = train(
+        folder,
+        [hook],
+        model={'type': 'UnevenClassifier'},
+        model_wrapper_cfg={**WRAPPER, 'find_unused_parameters': True},
+    )
+    run = report['run']
+    report = finish(report)
+    return {**report, 'left_alone': left_alone(unwrap(run.model))}
 
 
 def case_accumulate(folder: Path, rank: int) -> dict:
