@@ -24,10 +24,13 @@ def get_module(model: nn.Module, path: str) -> nn.Module:
     Raises:
         DyRepError: there is none.
     """
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        raise DyRepError(f'{type(model).__name__} has no module named {path!r}') from None
+    module: nn.Module | None = model
+    for name in path.split('.') if path else ():
+        # Modules alone: a property may give one that has another path already.
+        module = module._modules.get(name)
+        if module is None:
+            raise DyRepError(f'{type(model).__name__} has no module named {path!r}')
+    return module
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -46,7 +49,7 @@ def ancestors(model: nn.Module, path: str) -> Iterator[nn.Module]:
     module = model
     for name in path.split('.') if path else ():
         yield module
-        module = getattr(module, name)
+        module = module._modules[name]
 
 
 def depth_of(model: nn.Module, path: str) -> int:
