@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from dyrep_mm.evolution.record import Entry, Record
 from dyrep_mm.evolution.rule import DyRepRule, Rule
 from dyrep_mm.evolution.saliency import check_metric
 from dyrep_mm.registry import HOOKS
+from dyrep_mm.reparam.block import kernels_kept
 from dyrep_mm.reparam.branches import check_operations
 from dyrep_mm.surgery.candidates import candidates, preset, survey
 from dyrep_mm.surgery.cost import SizeWatch, multiply_adds
@@ -128,6 +130,7 @@ class DyRepHook(Hook):
         self._transaction: Transaction | None = None
         self._sizes: SizeWatch | None = None
         self._handle: Any = None
+        self._inference = ExitStack()
         self.rule = self.make_rule()
 
     def make_rule(self) -> Rule:
@@ -211,6 +214,20 @@ class DyRepHook(Hook):
     def after_train_epoch(self, runner: Runner) -> None:
         if self.by_epoch:
             self._update_if_due(runner, runner.epoch + 1, runner.max_epochs)
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        # Before an EMAHook swaps weights in; kernels merge after it, at the first batch.
+        self._inference.close()
+        self._inference.enter_context(kernels_kept(unwrap(runner.model)))
+
+    def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        self._inference.close()
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        self.before_val_epoch(runner)
+
+    def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        self._inference.close()
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         self._record.structure = structure_of(unwrap(runner.model))
