@@ -3,6 +3,7 @@
 from importlib import import_module
 
 from dyrep_mm.evolution.saliency import register_score
+from dyrep_mm.reparam.block import kernels_kept
 from dyrep_mm.reparam.branches import register_branch
 from dyrep_mm.surgery.fuse import fuse
 from dyrep_mm.surgery.optimizer import sync_optimizer
@@ -27,6 +28,7 @@ __all__ = [
     'expand',
     'fuse',
     'grow',
+    'kernels_kept',
     'prune',
     'register_branch',
     'register_score',

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,10 +83,17 @@ def prepare(variant: str, norms: str, device: str) -> nn.Module:
     return model.to(device)
 
 
-def make_step(model: nn.Module, shape: tuple[int, ...], args: argparse.Namespace) -> Callable:
-    """A function that runs forward and backward once, or forward alone in eval mode."""
+def make_step(
+    model: nn.Module, shape: tuple[int, ...], args: argparse.Namespace, keep: bool = True
+) -> Callable:
+    """A function that runs forward and backward once, or forward alone in eval mode, then with
+    kernels that are kept between calls or merged at each."""
     x = torch.randn(shape, device=args.device)
     autocast = torch.autocast(args.device) if args.amp else nullcontext()
+
+    kept = ExitStack()
+    if keep and not model.training:
+        kept.enter_context(dyrep_mm.kernels_kept(model))
 
     def step() -> None:
         if not model.training:
@@ -99,6 +106,7 @@ def make_step(model: nn.Module, shape: tuple[int, ...], args: argparse.Namespace
         for parameter in model.parameters():
             parameter.grad = None
 
+    step.kept = kept  # as long as the function is in use
     return step
 
 
@@ -171,6 +179,12 @@ def compare(variant: str, norms: str, shape: tuple, args: argparse.Namespace) ->
         memory, plain = (peak(v, norms, shape, args) for v in (variant, 'plain'))
         result |= {'memory': memory / plain, 'mib': memory, 'mib_plain': plain}
     return result
+
+
+def merging_each_time(shape: tuple, args: argparse.Namespace) -> dict[str, float]:
+    """Inference of blocks that merge at every call, over the plain model."""
+    grown, plain = (prepare(variant, 'eval', args.device) for variant in ('dbb7', 'plain'))
+    return ratio(make_step(grown, shape, args, keep=False), make_step(plain, shape, args), args)
 
 
 def scoring(shape: tuple, args: argparse.Namespace) -> dict[str, float]:
@@ -296,6 +310,11 @@ def rows(args: argparse.Namespace) -> list[tuple[str, str, Callable[[], dict[str
             f'inference, 16 convs x 7, unfused, {shape[0]}',
             'time 1.02',
             lambda: compare('dbb7', 'eval', large, args),
+        ),
+        (
+            f'the same, merged at every call, {shape[0]}',
+            '-',
+            lambda: merging_each_time(large, args),
         ),
         (
             f'train BN, 16 convs x 4 (static DBB), {shape[1]}',

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -48,6 +49,7 @@ from dyrep_mm.errors import DyRepError
 from dyrep_mm.evolution.record import Entry, Record
 from dyrep_mm.evolution.rule import DyRepRule, Rule
 from dyrep_mm.registry import HOOKS
+from dyrep_mm.reparam.block import kernels_kept
 from dyrep_mm.surgery.candidates import (
     FROZEN,
     candidates,
@@ -158,6 +160,7 @@ class DyRepHook(Hook):
         self._cost: UpdateCost | None = None
         self._handles: list[Any] = []
         self._copies: Copies | None = None
+        self._inference = ExitStack()
         self.rule = self.make_rule()
 
     def make_rule(self) -> Rule:
@@ -317,6 +320,20 @@ class DyRepHook(Hook):
             self._read_losses(runner)  # before a checkpoint is saved
         if self.by_epoch:
             self._update_if_due(runner, runner.epoch + 1, runner.max_epochs)
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        # Before an EMAHook swaps weights in; kernels merge after it, at the first batch.
+        self._inference.close()
+        self._inference.enter_context(kernels_kept(unwrap(runner.model)))
+
+    def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        self._inference.close()
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        self.before_val_epoch(runner)
+
+    def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        self._inference.close()
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         self._record.structure = structure_of(unwrap(runner.model))

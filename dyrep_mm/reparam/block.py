@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -20,10 +21,10 @@ from dyrep_mm.reparam.branches import (
     kernel_of,
     multiply_adds_of,
 )
-from dyrep_mm.reparam.geometry import ConvSpec, Pair
-from dyrep_mm.reparam.kernels import Kernel, add
+from dyrep_mm.reparam.geometry import ConvSpec, Pair, output_size
+from dyrep_mm.reparam.kernels import Kernel, add, is_recorded, make_kernel
 from dyrep_mm.reparam.moments import BlockInput
-from dyrep_mm.reparam.norms import NormFactory, statistics_kept
+from dyrep_mm.reparam.norms import NormFactory, counts_other_processes, statistics_kept
 
 
 def gain_bias(conv: nn.Conv2d) -> None:
@@ -53,6 +54,20 @@ def _is_watched(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
+def _is_autocast(kind: str) -> bool:
+    # A compiler knows the second question alone.
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    return known and torch.is_autocast_enabled(kind)
+
+
+class _Kept(NamedTuple):
+    """A merged kernel, and the tensors that it was merged from as they were."""
+
+    state: list[tuple[int, int, int]]  # which object, where its values lie, how often changed
+    held: list[tuple[Tensor, Tensor]]  # so that no id and no address is given to another
+    kernel: Kernel
+
+
 class Block(nn.Module):
     """Parallel branches that stand for one conv (section 4.1).
 
@@ -64,7 +79,12 @@ class Block(nn.Module):
     is linear and runs as one conv with the merged kernel, differentiably. In train mode the
     branches whose batch statistics follow from those of the input (:mod:`dyrep_mm.reparam.moments`)
     merge into that conv, the others run beside it. On small maps, in half precision, under
-    autocast, in a trace, with SyncBN, or while hooks watch a module of the block, all run.
+    autocast, in a trace, with SyncBN, or while hooks watch a module of the block, all run. A batch
+    with fewer than two values a channel has no statistics: the block then computes, and trains,
+    what it is in eval mode.
+
+    A block stands in the place of a conv: it is called as one, has its geometry, and ``weight``
+    and ``bias`` to read. Both are merged from the branches, so nobody can set them.
 
     Args:
         conv: The conv to stand for; its parameters stay the same objects.
@@ -84,6 +104,9 @@ class Block(nn.Module):
     #: Compute branch outputs again in the backward instead of keeping them: less memory, more
     #: time. In train mode only; a linear block keeps nothing anyway.
     recompute = False
+
+    _keeps_kernel = False
+    _kept: _Kept | None = None
 
     def __init__(
         self,
@@ -112,7 +135,6 @@ class Block(nn.Module):
             self.branches[name] = branch.requires_grad_(conv.weight.requires_grad)
         # What importances are relative to: the standard deviation of the conv's output.
         self.register_buffer('origin_std', conv.weight.detach().square().sum((1, 2, 3)).sqrt())
-        self._merged: tuple[list, Kernel] | None = None
         if not conv.training:
             self.eval()
 
@@ -161,16 +183,24 @@ class Block(nn.Module):
 
     def kernel(self) -> Kernel:
         """The whole block as one kernel, with the running statistics (Eq. 2)."""
-        with torch.autocast(self.origin_std.device.type, enabled=False):
+        kind = self.origin_std.device.type
+        # An export would record the context too.
+        with torch.autocast(kind, enabled=False) if _is_autocast(kind) else nullcontext():
             return add(map(kernel_of, self.branches.values()), self.kernel_size)
 
     def multiply_adds(self, size: Pair) -> int:
         """Of all branches, each run by itself, for one map of ``size`` (h, w)."""
         return sum(multiply_adds_of(branch, size) for branch in self.branches.values())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        """What the block makes of ``input`` (batch, in, h, w), or of one image (in, h, w)."""
+        x = input  # the name that a conv knows it by
         if self.is_linear:
             return self.spec.convolve(x, self._kernel_for_use())
+        if x.ndim == 3:
+            return self.forward(x[None])[0]
+        if not self._finds_statistics(x):
+            return self.spec.convolve(x, self.kernel())
         if self.may_merge(x):
             kernels, running = self._batch_kernels(BlockInput(x, self.spec, self.recompute))
             out = self.spec.convolve(x, add(kernels, self.kernel_size))
@@ -183,6 +213,27 @@ class Block(nn.Module):
             out += self._output(branch, x, inner)
         return out
 
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """As a conv's, for those who compute a weight of their own from a conv's."""
+        return self.spec.convolve(input, make_kernel(weight, bias))
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        raise DyRepError(
+            f'a block has no parameters of its own, so its {name} cannot be set: make the model '
+            'plain by dyrep_mm.fuse first'
+        )
+
+    def _finds_statistics(self, x: Tensor) -> bool:
+        """Whether the batch ``x`` has two values a channel; not either if no conv would take it."""
+        if torch.jit.is_tracing():
+            return True
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            return False
+        height, width = output_size(self.spec, x.shape[2:])
+        if len(x) * max(height, 0) * max(width, 0) >= 2:
+            return True
+        return any(counts_other_processes(module) for module in self.modules())
+
     def may_merge(self, x: Tensor) -> bool:
         """Whether norms may fold with the statistics of the batch: these are known in full, it
         pays, and nobody watches the branches."""
@@ -190,11 +241,11 @@ class Block(nn.Module):
         # Kernels cost c^3 multiply-adds whatever the map; what merging saves grows with the map.
         # On the CPU both are equal at about 8 places for each channel.
         return (
-            x.numel() >= 8 * spec.in_channels**2 // spec.groups
+            not torch.jit.is_tracing()
+            and x.numel() >= 8 * spec.in_channels**2 // spec.groups
             and x.dtype == self.origin.weight.dtype
             and x.dtype in (torch.float32, torch.float64)
-            and not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
-            and not torch.jit.is_tracing()
+            and not _is_autocast(kind)
             and not any(_is_watched(m) for child in self.children() for m in child.modules())
             # A BN across processes, for one, has a forward of its own.
             and all(
@@ -239,24 +290,28 @@ class Block(nn.Module):
         )
 
     def _kernel_for_use(self) -> Kernel:
-        """The merged kernel, kept between calls without gradients until a tensor changes.
-
-        A change through ``tensor.data`` bypasses torch's version counter; mmengine's EMA swap
-        does that, and calls ``eval()`` after it, which drops the kept kernel too.
-        """
-        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        """The merged kernel, kept only inside :func:`kernels_kept`."""
+        if not self._keeps_kernel or torch.is_grad_enabled() or is_recorded():
             return self.kernel()
-        state = [(id(t), t._version) for t in (*self.parameters(), *self.buffers())]
-        if self._merged is None or self._merged[0] != state:
-            self._merged = state, self.kernel()
-        return self._merged[1]
+        tensors = [*self.parameters(), *self.buffers()]
+        try:
+            state = [(id(t), t.data_ptr(), t._version) for t in tensors]
+        except RuntimeError:  # made in inference mode, or by a functional transform
+            return self.kernel()
+        if self._kept is None or self._kept.state != state:
+            self._kept = _Kept(state, [(t, t.detach()) for t in tensors], self.kernel())
+        return self._kept.kernel
+
+    def _keep_kernel(self, keep: bool) -> None:
+        self._keeps_kernel, self._kept = keep, None
 
     def train(self, mode: bool = True) -> Block:
-        self._merged = None
+        # Where training starts, weights will change.
+        self._keep_kernel(self._keeps_kernel and not mode)
         return super().train(mode)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, '_merged': None}
+        return {**self.__dict__, '_keeps_kernel': False, '_kept': None}
 
     def importances(self) -> dict[str, float]:
         """Eq. 9 for each added branch: mean ``|gamma|`` of its last BN, in units of the output
@@ -304,7 +359,6 @@ class Block(nn.Module):
         weight, bias = add((self.branches[name].kernel() for name in names), self.kernel_size)
         for name in names:
             del self.branches[name]
-        self._merged = None
         self.origin.weight.add_(weight)
         self._shift(bias)
 
@@ -320,3 +374,25 @@ class Block(nn.Module):
         elif bias.any():
             gain_bias(inner)
             inner.bias.add_(bias)
+
+
+@contextmanager
+def kernels_kept(model: nn.Module) -> Iterator[None]:
+    """Inside, without gradients, every block of ``model`` in eval mode merges once.
+
+    For repeated inference. Outside, a block merges at every call, and no way to change a weight
+    can make it answer with an old one. Inside, weights must not change: of the ways to change one
+    only that in place through ``tensor.data`` goes unnoticed. ``train()`` ends it.
+
+    Args:
+        model: Any model; blocks that are made inside are not meant.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    before = [block._keeps_kernel for block in blocks]
+    for block in blocks:
+        block._keep_kernel(True)
+    try:
+        yield
+    finally:
+        for block, keep in zip(blocks, before, strict=True):
+            block._keep_kernel(keep)

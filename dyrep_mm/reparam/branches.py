@@ -39,7 +39,7 @@ from dyrep_mm.reparam.kernels import (
     make_kernel,
 )
 from dyrep_mm.reparam.moments import BlockInput, fold_batch
-from dyrep_mm.reparam.norms import NormFactory
+from dyrep_mm.reparam.norms import NormFactory, check_norm
 
 
 def kernel_of(module: nn.Module) -> Kernel:
@@ -112,6 +112,7 @@ class Branch(nn.Module):
         """This branch as one kernel, with the running statistics."""
         merged = None
         for operation, bn in self.stages():
+            check_norm(bn)
             if merged is not None:
                 operation = chain(merged, operation, self.spec.groups)
             merged = fold_bn(operation, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.reparam.kernels import Kernel, average_weight
+from dyrep_mm.reparam.kernels import Kernel, average_weight, is_recorded
 
 Pair = tuple[int, int]
 
@@ -109,8 +108,7 @@ class _AveragePool(torch.autograd.Function):
     """Keeps no input: the backward needs only its size."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, size: Pair, stride: Pair, padding: Pair) -> Tensor:
-        ctx.shape, ctx.geometry = x.shape, (size, stride, padding)
+    def forward(x: Tensor, size: Pair, stride: Pair, padding: Pair) -> Tensor:
         if x.device.type != 'cpu':
             return F.avg_pool2d(pad(x, padding), size, stride)
         channels = x.shape[1]
@@ -118,7 +116,21 @@ class _AveragePool(torch.autograd.Function):
         return F.conv2d(x, weight, None, stride, padding, groups=channels)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, *ctx.geometry = inputs
+        ctx.shape = x.shape
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _AveragePool.apply(tangent, *ctx.geometry)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, x: Tensor, *geometry: Pair) -> tuple[Tensor, int]:
+        maps = x.movedim(in_dims[0], 0)
+        pooled = _AveragePool.apply(maps.flatten(0, 1), *geometry)
+        return pooled.unflatten(0, maps.shape[:2]), 0
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (size, stride, padding), channels = ctx.geometry, grad.shape[1]
         padded = [n + 2 * p for n, p in zip(ctx.shape[2:], padding, strict=True)]
@@ -143,4 +155,5 @@ def average_pool(x: Tensor, size: Pair, stride: Pair, padding: Pair = (0, 0)) ->
     On the CPU it runs as a depthwise conv, which is several times faster there. The input is
     not kept for the backward.
     """
-    return _AveragePool.apply(x, size, stride, padding)
+    pool = _AveragePool.forward if is_recorded() else _AveragePool.apply
+    return pool(x, size, stride, padding)

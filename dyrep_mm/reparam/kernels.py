@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -44,29 +45,57 @@ def fold_bn(
 def _middle(weight: Tensor, size: Sequence[int]) -> Tensor:
     """View of the ``size`` (kh, kw) in the middle of ``weight`` (..., kh, kw)."""
     rows, cols = ((n - k) // 2 for n, k in zip(weight.shape[-2:], size, strict=True))
-    return weight[..., rows : rows + size[0], cols : cols + size[1]]
+    return weight.narrow(-2, rows, size[0]).narrow(-1, cols, size[1])
+
+
+def is_recorded() -> bool:
+    """Whether a trace, an export or a compiler records what runs: then operations of torch alone
+    run, for a Function of our own means nothing to whoever reads the record."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 class _Sum(torch.autograd.Function):
     """Sum of weights of several sizes: nothing is padded, and the gradients are views."""
 
     @staticmethod
-    def forward(ctx: Any, size: tuple[int, int], *weights: Tensor) -> Tensor:
+    def forward(size: tuple[int, int], *weights: Tensor) -> Tensor:
+        if weights[0].shape[-2:] == size:
+            total, *weights = weights[0].clone(), *weights[1:]
+        else:
+            total = weights[0].new_zeros(*weights[0].shape[:-2], *size)
+        for weight in weights:
+            _middle(total, weight.shape[-2:]).add_(weight)
+        return total
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.size, *weights = inputs
         ctx.sizes = [weight.shape[-2:] for weight in weights]
-        return _sum(size, *weights)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, *(_middle(grad, size) for size in ctx.sizes)
 
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Tensor:
+        return _sum(ctx.size, *(tangent for tangent in tangents if tangent is not None))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, size: tuple, *weights: Tensor) -> tuple[Tensor, int]:
+        # In place only what has the extra dimension can be added to.
+        wide = [
+            weight.expand(info.batch_size, *weight.shape) if dim is None else weight.movedim(dim, 0)
+            for weight, dim in zip(weights, in_dims[1:], strict=True)
+        ]
+        return _Sum.apply(size, *wide), 0
+
 
 def _sum(size: tuple[int, int], *weights: Tensor) -> Tensor:
-    if weights[0].shape[-2:] == size:
-        total, *weights = weights[0].clone(), *weights[1:]
-    else:
-        total = weights[0].new_zeros(*weights[0].shape[:2], *size)
+    """What :class:`_Sum` computes, of operations of torch alone."""
+    total: Any = 0
     for weight in weights:
-        _middle(total, weight.shape[-2:]).add_(weight)
+        rows, cols = ((n - k) // 2 for n, k in zip(size, weight.shape[-2:], strict=True))
+        total = total + F.pad(weight, (cols, cols, rows, rows))
     return total
 
 
@@ -76,8 +105,7 @@ def add(kernels: Iterable[Kernel], size: tuple[int, int]) -> Kernel:
     All sizes are odd.
     """
     weights, biases = zip(*kernels, strict=True)
-    # An export, which has no gradients, sees operations of torch alone.
-    weight = _Sum.apply(size, *weights) if torch.is_grad_enabled() else _sum(size, *weights)
+    weight = _sum(size, *weights) if is_recorded() else _Sum.apply(size, *weights)
     return Kernel(weight, sum(biases[1:], biases[0]))
 
 

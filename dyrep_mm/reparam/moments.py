@@ -19,7 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from dyrep_mm.reparam.geometry import ConvSpec, average_pool, crop, pad, subsample
-from dyrep_mm.reparam.kernels import Kernel, fold_bn
+from dyrep_mm.reparam.kernels import Kernel, fold_bn, is_recorded
+from dyrep_mm.reparam.norms import check_norm
 
 
 class _Scatter(torch.autograd.Function):
@@ -28,15 +29,32 @@ class _Scatter(torch.autograd.Function):
     The backward keeps the map and its mean, not the centred copy.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    def forward(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         flat = x.flatten(2)
         mean = flat.mean((0, 2))
         # Centred first: a difference of large sums would lose the variance to rounding.
         centred = (flat - mean[:, None]).unflatten(1, (groups, -1))
         scatter = torch.matmul(centred, centred.transpose(-1, -2)).sum(0)
-        ctx.save_for_backward(x, mean)
         return mean, scatter
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        x, ctx.groups = inputs
+        ctx.save_for_backward(x, output[0])
+        ctx.save_for_forward(x, output[0])
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor, Tensor]:
+        x, mean = ctx.saved_tensors
+        shape = len(x), ctx.groups, len(mean) // ctx.groups, -1
+        centred = (x - mean[:, None, None]).reshape(shape)
+        # The mean of the tangent drops out: the rows of the centred map sum to zero.
+        product = centred.matmul(tangent.contiguous().view(shape).transpose(-1, -2)).sum(0)
+        change = tangent.sum((0, 2, 3)) * (len(mean) / x.numel())
+        return change, product + product.transpose(-1, -2)
 
     @staticmethod
     def backward(ctx: Any, mean_grad: Tensor, scatter_grad: Tensor) -> tuple[Tensor, None]:
@@ -62,7 +80,8 @@ class Moments:
     @classmethod
     def of(cls, x: Tensor, groups: int) -> Moments:
         """Moments of ``x`` (batch, channels, h, w), differentiable."""
-        return cls(*_Scatter.apply(x, groups), x.numel() // x.shape[1])
+        scatter = _Scatter.forward if is_recorded() else _Scatter.apply
+        return cls(*scatter(x, groups), x.numel() // x.shape[1])
 
     def with_zeros(self, count: int) -> Moments:
         """Moments of the same map among zeros, ``count`` places in all."""
@@ -89,8 +108,8 @@ def _record(bn: _BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
     momentum = bn.momentum
     if momentum is None:  # a cumulative average
         momentum = 1 / bn.num_batches_tracked.item()
-    bn.running_mean.lerp_(mean, momentum)
-    bn.running_var.lerp_(var * (count / (count - 1)), momentum)
+    bn.running_mean.add_(mean - bn.running_mean, alpha=momentum)
+    bn.running_var.add_(var * (count / (count - 1)) - bn.running_var, alpha=momentum)
 
 
 def fold_batch(kernel: Kernel, bn: _BatchNorm, moments: Moments) -> Kernel:
@@ -98,7 +117,9 @@ def fold_batch(kernel: Kernel, bn: _BatchNorm, moments: Moments) -> Kernel:
 
     Raises:
         ValueError: batch statistics of a single value, as from the BN itself.
+        DyRepError: another tool has taken the BN out.
     """
+    check_norm(bn)
     if bn.training or bn.running_mean is None:
         if moments.count < 2:
             raise ValueError('expected more than 1 value per channel when training')

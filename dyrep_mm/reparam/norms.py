@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from dyrep_mm.errors import DyRepError
 
 NormFactory = Callable[[int], _BatchNorm]
 
@@ -18,6 +21,23 @@ def takes_images(module: nn.Module) -> bool:
     """Whether ``module`` is a BN of images; mmengine's that replaces SyncBN takes anything."""
     vectors_or_volumes = (nn.BatchNorm1d, nn.BatchNorm3d)
     return isinstance(module, _BatchNorm) and not isinstance(module, vectors_or_volumes)
+
+
+def check_norm(norm: nn.Module) -> None:
+    """Raise ``DyRepError`` if another tool has taken the norm of a branch out."""
+    if isinstance(norm, nn.Identity):
+        raise DyRepError(
+            'a tool that folds norms into convs, as fuse_conv_bn of mmcv, has changed the inside '
+            'of a block: make the model plain by dyrep_mm.fuse first, then use the tool'
+        )
+
+
+def counts_other_processes(norm: nn.Module) -> bool:
+    """Whether the batch statistics of ``norm`` are those of all processes, of which each must
+    take part."""
+    if not isinstance(norm, nn.SyncBatchNorm):
+        return False
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def norm_like(norm: _BatchNorm | None) -> NormFactory:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -22,6 +24,33 @@ FROZEN = 'it is frozen'
 
 # Name of the attribute that marks a conv.
 _LEFT_ALONE = 'stays_plain'
+
+# Methods with which a module makes itself plain: the names of RepVGG, MobileOne, RepLKNet, RepMLP,
+# FastViT, YOLOv6, YOLOv7 and those who follow them.
+_REPARAMETERIZES = re.compile(
+    r'switch_to_deploy|structural_reparam\w*|_?re_?param\w*|merge_kernels?|repvgg_convert'
+    r'|fuse_repvgg_block|_?get_equivalent_\w+|_?fuse_(conv_)?bn(_tensor)?'
+)
+
+# The same words serve for what a module does with features, but then it is called with some; and a
+# whole network has them to call its blocks.
+_MAY_REPARAMETERIZE = re.compile(r'_?fuse(_\w+)?|_?convert_to_deploy|_?merge_\w+|to_deploy')
+
+# Methods that networks have and blocks do not, in timm and in OpenMMLab.
+_OF_NETWORKS = ('forward_features', 'extract_feat')
+
+# What one may hang on a module or on a tensor, and a block would not call.
+_HOOKS = (
+    '_forward_hooks',
+    '_forward_pre_hooks',
+    '_backward_hooks',
+    '_backward_pre_hooks',
+    '_state_dict_hooks',
+    '_state_dict_pre_hooks',
+    '_load_state_dict_pre_hooks',
+    '_load_state_dict_post_hooks',
+)
+_TENSOR_HOOKS = ('_backward_hooks', '_post_accumulate_grad_hooks')
 
 
 def candidates(
@@ -100,15 +129,17 @@ def obstacle(
     kind = f'{type(conv).__module__}.{type(conv).__qualname__}'
     if kind not in _CONV_TYPES:
         return f'it is a {type(conv).__name__}, which computes more than a conv'
-    if 'weight' not in conv._parameters:
-        return 'its weight is computed from other parameters'
+    if reason := _more_than_a_conv(conv):
+        return reason
     if holders[id(conv.weight)] > 1:
         return 'its weight is shared with another module'
     for ancestor in ancestors(model, path):
         if 'DeformConv' in type(ancestor).__name__:
             return 'it makes the offsets of a deformable conv'
-        if hasattr(ancestor, 'switch_to_deploy'):
-            return f'it is inside a {type(ancestor).__name__}, which re-parameterizes itself'
+        whole = ancestor is model or any(hasattr(ancestor, name) for name in _OF_NETWORKS)
+        if method := _own_method(type(ancestor), whole):
+            kind = type(ancestor).__name__
+            return f'it is inside a {kind}, which re-parameterizes itself by {method}()'
     try:
         ConvSpec.of(conv)
     except DyRepError as error:
@@ -125,6 +156,57 @@ def left_alone(model: nn.Module) -> dict[str, str]:
     """The reasons of :func:`leave_alone`, by path."""
     marked = {path: getattr(m, _LEFT_ALONE, None) for path, m in model.named_modules()}
     return {path: reason for path, reason in marked.items() if reason is not None}
+
+
+def _more_than_a_conv(conv: nn.Conv2d) -> str | None:
+    """Why ``conv`` does, or is made of, more than its class says; None if it does not."""
+    for name in ('weight', 'bias'):
+        if name not in conv._parameters:
+            return f'its {name} is computed from other parameters'
+    extra = (conv._parameters.keys() - {'weight', 'bias'}, conv._buffers, conv._modules)
+    if names := sorted(name for held in extra for name in held):
+        return f'it holds {", ".join(names)} besides weight and bias'
+    if names := [name for name in vars(conv) if callable(getattr(type(conv), name, None))]:
+        return f'its {", ".join(sorted(names))} is not that of its class'
+    if any(getattr(conv, hooks, None) for hooks in _HOOKS):
+        return 'hooks hang on it, which a block in its place would not call'
+    for parameter in conv.parameters():
+        if any(getattr(parameter, hooks, None) for hooks in _TENSOR_HOOKS):
+            return 'hooks hang on its parameters, and branches have others'
+        if type(parameter) is not nn.Parameter:
+            return f'its parameters are of the type {type(parameter).__name__}'
+    return None
+
+
+def _own_method(kind: type[nn.Module], whole: bool) -> str | None:
+    """Name of the method with which modules of this class re-parameterize themselves.
+
+    Args:
+        kind: The class; what it has from torch itself does not count.
+        whole: It is the class of a network, not of a part of one.
+    """
+    for base in kind.__mro__:
+        if base is nn.Module:
+            break
+        for name, value in vars(base).items():
+            if not inspect.isroutine(value):
+                continue
+            if _REPARAMETERIZES.fullmatch(name):
+                return name
+            if not whole and _MAY_REPARAMETERIZE.fullmatch(name) and _asks_for_nothing(value):
+                return name
+    return None
+
+
+def _asks_for_nothing(method: Callable | staticmethod | classmethod) -> bool:
+    """Whether a module alone is enough to call ``method`` of its class."""
+    if isinstance(method, staticmethod):
+        return False  # it sees no module
+    parameters = list(inspect.signature(getattr(method, '__func__', method)).parameters.values())
+    return all(
+        p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        for p in parameters[1:]
+    )
 
 
 def preset(

@@ -13,6 +13,8 @@ from dyrep_mm.engine.checkpoint import load_checkpoint
 from dyrep_mm.engine.runner import refresh_average
 from dyrep_mm.engine.transaction import Transaction
 from dyrep_mm.errors import DyRepError
+from dyrep_mm.reparam.block import Block
+from dyrep_mm.surgery.tree import blocks_of, depth_of
 from support.checks import assert_equal_states
 from support.nets import make_net
 from support.runs import PRUNING, dyrep, runner, watch
@@ -248,3 +250,46 @@ def test_refresh_average(update_buffers):
     assert list(average.avg_parameters) == list(expected)
     for name, tensor in average.avg_parameters.items():
         assert tensor.data_ptr() == expected[name].data_ptr(), name
+
+
+@pytest.mark.parametrize('buffers', [False, True], ids=['parameters', 'buffers'])
+def test_validation_merges_once_and_sees_the_average(tmp_path, monkeypatch, buffers):
+    """Kernels are kept for one validation or test; never across the swap of weights."""
+    hook = {'type': 'EMAHook', 'momentum': 0.2, 'update_buffers': buffers}
+    run = runner(tmp_path, [PRUNING, hook], epochs=4, val=1, every=100)
+    merges, outputs = [], []
+    kernel = Block.kernel
+    monkeypatch.setattr(Block, 'kernel', lambda self: merges.append(self) or kernel(self))
+
+    def start(run):
+        # Kernels of the weights before the swap, were they kept.
+        model, outer = run.model.eval(), blocks_of(run.model)
+        with torch.no_grad():
+            run.state = {
+                'before': model(images()),
+                'average': averaged(run).module.eval()(images()),
+            }
+        run.outer = sum(depth_of(model, path) == 0 for path in outer)
+
+    def inside(run):
+        outputs.append(run.model(images()))
+        assert torch.equal(outputs[-1], run.state['average'])
+
+    def swapped(run):
+        merges.clear()
+
+    def end(run):
+        top = [b for p, b in blocks_of(run.model).items() if depth_of(run.model, p) == 0]
+        assert all(merges.count(block) == 1 for block in top)
+        with torch.no_grad():
+            assert torch.equal(run.model(images()), run.state['before'])
+
+    for phase in ('val', 'test'):
+        watch(run, start, f'before_{phase}_epoch', 'VERY_HIGH')
+        watch(run, swapped, f'before_{phase}_epoch', 'LOWEST')
+        watch(run, inside, f'after_{phase}_iter')
+        watch(run, end, f'after_{phase}_epoch', 'LOWEST')
+    run.train()
+    assert blocks_of(run.model)
+    run.test()
+    assert len(outputs) == 5 * 4

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dyrep_mm
-from dyrep_mm.reparam.block import Block
+from dyrep_mm.reparam.block import Block, kernels_kept
 from support.checks import assert_same
 from support.nets import branchwise, image, make_block, norms_of, randomise
 
@@ -69,7 +69,7 @@ def test_a_frozen_block_is_one_conv():
 def test_inference_merges_once():
     block = grown_block().eval()
     x = torch.rand(2, 8, 9, 9, dtype=torch.float64)
-    with torch.no_grad():
+    with torch.no_grad(), dyrep_mm.kernels_kept(block):
         block(x)
         with Operations() as operations:
             block(x)
@@ -233,16 +233,52 @@ def counted(monkeypatch):
     return block, merges
 
 
-def test_merged_kernel_is_kept_without_gradients(counted):
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
+def test_a_kernel_is_kept_where_that_is_asked_for(counted, mode):
     block, merges = counted
     x = image(2, 4, 8, 8)
+    with mode():
+        for _ in range(2):
+            first = block(x)
+        assert len(merges) == 2
+        with kernels_kept(block):
+            for _ in range(3):
+                assert torch.equal(block(x), first)
+            assert len(merges) == 3
+        block(x)
+        assert len(merges) == 4
+
+
+def test_gradients_have_a_graph_of_their_own_each_time(counted):
+    block, merges = counted
+    with kernels_kept(block):
+        for _ in range(2):
+            block(image(2, 4, 8, 8)).sum().backward()
+    assert len(merges) == 2
+
+
+def test_keeping_inside_of_keeping(counted):
+    block, merges = counted
+    with torch.no_grad(), kernels_kept(nn.Sequential(block)):
+        with kernels_kept(block):
+            block(image(2, 4, 8, 8))
+        for _ in range(2):
+            block(image(2, 4, 8, 8))
+        assert len(merges) == 2
+        copied = copy.deepcopy(block)
+        for _ in range(2):
+            copied(image(2, 4, 8, 8))
+        assert len(merges) == 4
+
+
+def test_an_error_ends_keeping(counted):
+    block, merges = counted
+    with pytest.raises(ZeroDivisionError), kernels_kept(block):
+        raise ZeroDivisionError
     with torch.no_grad():
-        first = block(x)
-        assert torch.equal(block(x), first)
-        assert len(merges) == 1
-    for _ in range(2):
-        block(x).sum().backward()  # a graph of its own each time
-    assert len(merges) == 3
+        for _ in range(2):
+            block(image(2, 4, 8, 8))
+    assert len(merges) == 2
 
 
 def change_parameter(block):
@@ -296,27 +332,75 @@ def absorb(block):
 
 def average(block):
     """A swap through ``data`` that is followed by ``eval()``, as mmengine's EMA hook does."""
-    for parameter in block.parameters():
-        parameter.data.mul_(2)
+    change_data(block)
     block.eval()
 
 
-@pytest.mark.parametrize(
-    'change',
-    [
-        change_parameter,
-        change_buffer,
-        load,
-        load_assigned,
-        step,
-        fused_step,
-        train_a_little,
-        frozen_statistics,
-        absorb,
-        average,
-    ],
-)
-def test_kept_kernel_is_dropped(change):
+def train_and_back(block):
+    block.train()
+    block.eval()
+    change_data(block)
+
+
+def replace_data(block):
+    for parameter in block.parameters():
+        parameter.data = parameter.data * 2
+
+
+def replace_data_twice(block):
+    """So that memory may be where it was."""
+    replace_data(block)
+    replace_data(block)
+
+
+def set_vector(block):
+    vector = nn.utils.parameters_to_vector(block.parameters())
+    nn.utils.vector_to_parameters(vector * 2, block.parameters())
+
+
+def new_parameters(block):
+    for module in block.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.detach() * 2))
+
+
+def new_branch(block):
+    block.branches['1x1'].conv = copy.deepcopy(block.branches['1x1'].conv)
+    block.branches['1x1'].conv.weight.mul_(2)
+
+
+def change_data(block):
+    for parameter in block.parameters():
+        parameter.data.mul_(2)
+
+
+def change_numpy(block):
+    for parameter in block.parameters():
+        parameter.detach().numpy()[:] *= 2
+
+
+NOTICED = [
+    change_parameter,
+    change_buffer,
+    load,
+    load_assigned,
+    step,
+    fused_step,
+    train_a_little,
+    frozen_statistics,
+    absorb,
+    average,
+    train_and_back,
+    replace_data,
+    replace_data_twice,
+    set_vector,
+    new_parameters,
+    new_branch,
+]
+
+
+@pytest.mark.parametrize('change', [*NOTICED, change_data, change_numpy])
+def test_no_answer_with_old_weights(change):
     block, x = make_block().eval(), image(2, 4, 8, 8)
     with torch.no_grad():
         before = block(x)
@@ -326,9 +410,43 @@ def test_kept_kernel_is_dropped(change):
         assert not torch.allclose(after, before)
 
 
-def test_kept_kernel_follows_the_dtype():
+@pytest.mark.parametrize('change', NOTICED)
+def test_kept_kernel_is_dropped(change):
+    block, x = make_block().eval(), image(2, 4, 8, 8)
+    with torch.no_grad(), kernels_kept(block):
+        before = block(x)
+        change(block)
+        after = block(x)
+        assert_same(after, branchwise(block, x))
+        assert not torch.allclose(after, before)
+
+
+@pytest.mark.parametrize('change', [change_data, change_numpy])
+def test_no_answer_with_old_weights_after_keeping(change):
     block, x = make_block().eval(), image(2, 4, 8, 8)
     with torch.no_grad():
+        with kernels_kept(block):
+            block(x)
+        change(block)
+        assert_same(block(x), branchwise(block, x))
+        with kernels_kept(block):
+            assert_same(block(x), branchwise(block, x))
+
+
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_a_compiled_block_has_no_old_weights(dynamic):
+    block, x = make_block().eval(), image(2, 4, 8, 8)
+    torch.compiler.reset()
+    compiled = torch.compile(block, backend='eager', dynamic=dynamic)
+    with torch.no_grad(), kernels_kept(block):
+        assert_same(compiled(x), branchwise(block, x))
+        change_data(block)
+        assert_same(compiled(x), branchwise(block, x))
+
+
+def test_kept_kernel_follows_the_dtype():
+    block, x = make_block().eval(), image(2, 4, 8, 8)
+    with torch.no_grad(), kernels_kept(block):
         before = block(x)
         assert_same(block.float()(x.float()), before.float())
 

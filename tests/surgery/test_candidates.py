@@ -1,7 +1,14 @@
 """What can grow and why not, and what the presets choose."""
 
+import warnings
+
 import pytest
+import timm
+import torch
+from mmpretrain.models import build_backbone
+from timm.utils import reparameterize_model
 from torch import nn
+from torch.nn.utils import prune
 from torchvision.models import resnet18, resnet50
 
 from dyrep_mm import expand, grow, structure_of
@@ -9,7 +16,7 @@ from dyrep_mm.errors import DyRepError
 from dyrep_mm.reparam.branches import BRANCHES, ORIGIN
 from dyrep_mm.surgery.candidates import candidates, survey
 from support.checks import assert_same
-from support.nets import image, make_net, output_of
+from support.nets import image, make_net, output_of, randomise
 
 # What can grow
 
@@ -130,6 +137,178 @@ def test_convs_inside_blocks_are_candidates():
     assert len(deeper) == 2
     assert not set(deeper) & set(candidates(model, max_depth=2))
     assert set(deeper) <= set(candidates(model, max_depth=3))
+
+
+# What re-parameterizes itself
+
+
+def having(method, call=lambda self: None):
+    """A block of one conv, of a class that has the method."""
+    block = type('Part', (nn.Module,), {method: call})()
+    block.conv = nn.Conv2d(4, 4, 3)
+    return block
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'switch_to_deploy',  # RepVGG, MobileOne, YOLOv6
+        'reparameterize',  # timm
+        'reparametrize',
+        'reparam',
+        'fuse',  # timm's RepViT, LeViT, EfficientViT
+        'merge_kernel',  # RepLKNet
+        'repvgg_convert',
+        'fuse_repvgg_block',  # YOLOv7
+        'fuse_convs',
+        'get_equivalent_kernel_bias',
+        '_fuse_bn_tensor',
+        'convert_to_deploy',
+    ],
+)
+def test_a_part_that_makes_itself_plain(name):
+    model = nn.Sequential(having(name), nn.Sequential(nn.Conv2d(4, 4, 3)))
+    assert list(candidates(model)) == ['1.0']
+    with pytest.raises(DyRepError, match=rf'inside a Part, which re-parameterizes.*{name}\(\)'):
+        grow(model, '0.conv')
+
+
+def test_a_word_for_it_is_not_enough():
+    """What needs features, or is no method, or belongs to a whole model, does not count."""
+    with_features = having('fuse', lambda self, features: None)
+    static = having('fuse', staticmethod(lambda features: None))
+    attribute = having('other')
+    attribute.fuse = True
+    child = having('other')
+    child.fuse = nn.Conv2d(4, 4, 1)
+    for model in (with_features, static, attribute, child):
+        assert 'conv' in candidates(model)
+        assert '0.conv' in candidates(nn.Sequential(model))
+    assert list(candidates(having('fuse'))) == ['conv']
+
+
+@pytest.mark.parametrize('net', ['repvgg_a0', 'mobileone_s0', 'repvit_m0_9', 'fastvit_t8'])
+def test_timm_makes_its_nets_plain_as_ever(net):
+    """Whatever of them grew."""
+    model = randomise(timm.create_model(net)).eval()  # RepViT makes itself plain in float32 alone
+    for path in list(candidates(model))[::4]:
+        grow(model, path)
+    x = image(1, 3, 64, 64, dtype=torch.float32)
+    before = output_of(model, x)
+    assert_same(output_of(reparameterize_model(model), x), before, scale=100)
+
+
+@pytest.mark.parametrize(
+    ('net', 'number'),
+    [
+        ('resnet18', 17),
+        ('hrnet_w18_small', 65),
+        ('mobilenetv3_small_050', 12),
+        ('ghostnet_100', 42),
+    ],
+)
+def test_nets_of_timm_that_grow(net, number):
+    model = timm.create_model(net)
+    assert len(candidates(model)) == number
+    assert len(candidates(nn.ModuleDict({'timm_model': model}))) == number
+
+
+@pytest.mark.parametrize(
+    ('backbone', 'number'),
+    [
+        ({'type': 'ResNet', 'depth': 18}, 17),
+        ({'type': 'VGG', 'depth': 11}, 8),
+        ({'type': 'RepVGG', 'arch': 'A0'}, 0),
+        ({'type': 'MobileOne', 'arch': 's0'}, 0),
+        ({'type': 'RepLKNet', 'arch': '31B'}, 0),
+    ],
+    ids=str,
+)
+def test_nets_of_mmpretrain(backbone, number):
+    assert len(candidates(nn.ModuleDict({'backbone': build_backbone(backbone)}))) == number
+
+
+# What hangs on a conv
+
+
+def nothing(*_):
+    """Any hook."""
+
+
+def computed_bias(conv):
+    conv.bias = None
+    del conv._parameters['bias']
+    conv.register_forward_pre_hook(
+        lambda conv, _: setattr(conv, 'bias', conv.weight.sum((1, 2, 3)))
+    )
+
+
+def other_forward(conv):
+    conv.forward = lambda x: nn.Conv2d.forward(conv, x) + 1
+
+
+WORN = {
+    'forward hook': lambda conv: conv.register_forward_hook(nothing),
+    'forward hook with kwargs': lambda conv: conv.register_forward_hook(nothing, with_kwargs=True),
+    'pre-forward hook': lambda conv: conv.register_forward_pre_hook(nothing),
+    'backward hook': lambda conv: conv.register_full_backward_hook(nothing),
+    'backward pre-hook': lambda conv: conv.register_full_backward_pre_hook(nothing),
+    'state hook': lambda conv: conv.register_state_dict_post_hook(nothing),
+    'load hook': lambda conv: conv.register_load_state_dict_post_hook(nothing),
+    'gradient hook': lambda conv: conv.weight.register_hook(nothing),
+    'accumulation hook': lambda conv: conv.weight.register_post_accumulate_grad_hook(nothing),
+    'pruned weight': lambda conv: prune.l1_unstructured(conv, 'weight', 0.5),
+    'pruned bias': lambda conv: prune.random_unstructured(conv, 'bias', 0.5),
+    'pruned channels': lambda conv: prune.ln_structured(conv, 'weight', 0.5, 2, 0),
+    'weight norm': nn.utils.weight_norm,
+    'spectral norm': nn.utils.spectral_norm,
+    'parametrized': nn.utils.parametrizations.weight_norm,
+    'parametrized bias': lambda conv: nn.utils.parametrize.register_parametrization(
+        conv, 'bias', nn.Tanh()
+    ),
+    'computed bias': computed_bias,
+    'own forward': other_forward,
+    'another parameter': lambda conv: conv.register_parameter('scale', nn.Parameter(torch.ones(1))),
+    'a buffer': lambda conv: conv.register_buffer('mask', torch.ones(1)),
+    'a module': lambda conv: conv.add_module('adapter', nn.Conv2d(4, 4, 1)),
+}
+
+
+@pytest.mark.parametrize('inside', [False, True], ids=['plain', 'in a block'])
+@pytest.mark.parametrize('name', WORN)
+def test_a_conv_with_something_on_it_is_left_alone(name, inside):
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)).double()
+    path = '0'
+    if inside:
+        grow(model, '0')
+        path = '0.branches.kxk'
+    conv = model.get_submodule(path)
+    assert path in candidates(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        WORN[name](conv)
+    assert path not in candidates(model)
+    assert survey(model)[path]
+    with pytest.raises(DyRepError, match=f'{path} cannot grow: '):
+        grow(model, path)
+
+
+def test_it_may_grow_again_without_it():
+    model = make_net()
+    handle = model.conv1.register_forward_hook(nothing)
+    assert 'conv1' not in candidates(model)
+    handle.remove()
+    prune.identity(model.conv2, 'weight')
+    assert 'conv2' not in candidates(model)
+    prune.remove(model.conv2, 'weight')
+    assert {'conv1', 'conv2'} <= candidates(model).keys()
+
+
+def test_hooks_beside_a_conv_do_not_matter():
+    model = nn.Sequential(make_net())
+    model.register_forward_hook(nothing)
+    model[0].bn1.register_forward_hook(nothing)
+    assert len(candidates(model)) == 4
 
 
 # Presets

@@ -3,10 +3,10 @@
 import pytest
 from torch import nn
 
-from dyrep_mm import expand, structure_of
+from dyrep_mm import expand, grow, structure_of
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.surgery.candidates import candidates
-from dyrep_mm.surgery.tree import check_scope, neighbour_norm
+from dyrep_mm.surgery.tree import check_scope, get_module, neighbour_norm
 from support.nets import CONVS, make_net
 
 
@@ -25,6 +25,32 @@ def test_the_norm_beside_has_as_many_channels():
     assert neighbour_norm(model, 'conv') is model['before']
     del model['before']
     assert neighbour_norm(model, 'conv') is model['other']
+
+
+@pytest.mark.parametrize(
+    'path',
+    [
+        'conv1.origin',
+        'conv1.branches.1x1.conv.weight',
+        'again',
+        'conv1.spec',
+        'conv1.__class__',
+        '.',
+    ],
+)
+def test_a_path_names_modules_alone(path):
+    """A property that gives a module is another name of what has a path already."""
+    model = make_net()
+    type(model).again = property(lambda self: self.conv1)
+    grow(model, 'conv1')
+    try:
+        with pytest.raises(DyRepError, match='no module named'):
+            get_module(model, path)
+        with pytest.raises(DyRepError, match='no module named'):
+            expand(model, {path: ['kxk', '1x1']})
+    finally:
+        del type(model).again
+    assert list(structure_of(model)) == ['conv1']
 
 
 @pytest.mark.parametrize('scope', ['nope', 'back', ['backbone', 'nope'], 'backbone.nope'])
