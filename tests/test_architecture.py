@@ -25,7 +25,7 @@ MAP = {
     'mmengine': ['registry', 'backbones'],
     'engine': [
         *('checkpoint', 'runner', 'batches', 'transaction', 'pretrained'),
-        *('options', 'losses', 'schedule', 'hook', 'passes', 'converter'),
+        *('start', 'options', 'losses', 'schedule', 'hook', 'passes', 'converter'),
     ],
 }
 ORDER = [

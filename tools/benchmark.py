@@ -231,8 +231,8 @@ def update(shape: tuple, args: argparse.Namespace) -> dict[str, float]:
             times['step'].append(time.perf_counter() - self.start)
 
     class Timed(DyRepHook):
-        def update(self, runner, now):
-            times['update'].append(seconds(lambda: DyRepHook.update(self, runner, now), 'cpu'))
+        def update(self, runner):
+            times['update'].append(seconds(lambda: DyRepHook.update(self, runner), 'cpu'))
 
     with tempfile.TemporaryDirectory() as folder:
         runner = Runner(

@@ -60,11 +60,25 @@ def check_batches(runner: Runner) -> None:
         )
 
 
-def calibration_loader(loader: DataLoader, seed: int) -> DataLoader:
+def batch_sampler_before(loader: DataLoader) -> Any:
+    """A copy of the batch sampler of ``loader``, to be taken before the training takes a batch.
+
+    In the middle of an epoch a batch sampler has images in hand, and may stand where a copy of it
+    never gives a batch.
+    """
+    return None if loader.batch_size is not None else _copy(loader.batch_sampler, loader.dataset)
+
+
+def calibration_loader(loader: DataLoader, seed: int, before: Any = None) -> DataLoader:
     """A second loader over the dataset of ``loader``, with a sampler and a seed of its own.
 
     It makes batches as ``loader`` does, with a copy of its batch sampler if that is a special one.
     The training loader, its samplers and its workers never notice.
+
+    Args:
+        loader: Of the training.
+        seed: Of the sampler.
+        before: See :func:`batch_sampler_before`; by default the batch sampler as it is.
     """
     dataset = loader.dataset
     sampler = _own_sampler(loader, seed)
@@ -78,7 +92,8 @@ def calibration_loader(loader: DataLoader, seed: int) -> DataLoader:
     elif loader.batch_sampler is None:  # an index stands for a batch
         batching = {'batch_size': None, 'sampler': sampler}
     else:
-        batching = {'batch_sampler': _own_batch_sampler(loader, sampler)}
+        theirs = loader.batch_sampler if before is None else before
+        batching = {'batch_sampler': _own_batch_sampler(loader, theirs, sampler)}
     return DataLoader(
         dataset,
         num_workers=loader.num_workers,
@@ -90,21 +105,31 @@ def calibration_loader(loader: DataLoader, seed: int) -> DataLoader:
     )
 
 
+class _Passes(DefaultSampler):
+    """Several passes over a dataset, each in another order: enough to fill batches of images that
+    are alike, and not endless where they never fill."""
+
+    count = 10
+
+    def __iter__(self) -> Iterator[int]:
+        for number in range(self.count):
+            self.set_epoch(number)
+            yield from super().__iter__()
+
+
 def _own_sampler(loader: DataLoader, seed: int) -> Any:
     """A shuffling sampler; a copy of the training's where that one may choose among the images."""
     dataset = loader.dataset
     theirs = getattr(loader.batch_sampler, 'sampler', loader.sampler)
-    if loader.batch_size is None and isinstance(theirs, InfiniteSampler):
-        return InfiniteSampler(dataset, shuffle=True, seed=seed)  # its batches may be slow to fill
     usual = (DefaultSampler, InfiniteSampler, RandomSampler, SequentialSampler)
     if not isinstance(theirs, usual) and (own := _copy(theirs, dataset)) is not None:
         return own
-    return DefaultSampler(dataset, shuffle=True, seed=seed)
+    special = loader.batch_size is None and loader.batch_sampler is not None
+    return (_Passes if special else DefaultSampler)(dataset, shuffle=True, seed=seed)
 
 
-def _own_batch_sampler(loader: DataLoader, sampler: Any) -> Any:
+def _own_batch_sampler(loader: DataLoader, theirs: Any, sampler: Any) -> Any:
     """A copy of the training's batch sampler that draws from ``sampler``."""
-    theirs = loader.batch_sampler
     own = _copy(theirs, loader.dataset, (getattr(theirs, 'sampler', None), sampler))
     if own is not None:
         return own
@@ -140,10 +165,10 @@ def _length(sampler: Any) -> float:
         return math.inf
 
 
-def calibration_batches(runner: Runner, count: int, seed: int) -> Iterator[Any]:
+def calibration_batches(runner: Runner, count: int, seed: int, before: Any = None) -> Iterator[Any]:
     """``count`` training batches, fewer if the dataset is shorter; as many on every rank."""
     check_batches(runner)
-    batches = iter(calibration_loader(runner.train_dataloader, seed))
+    batches = iter(calibration_loader(runner.train_dataloader, seed, before))
     for _ in range(count):
         batch = next(batches, None)
         # A rank that went on alone would wait for the others in SyncBN.

@@ -108,7 +108,7 @@ def structure_in(checkpoint: Mapping[str, Any]) -> Structure | None:
     _check_that_all_is_there(structure, weights)
     if recorded is None:
         return structure or None
-    for path in sorted(recorded.keys() | structure.keys()):
+    for path in [*recorded, *structure]:
         said, seen = recorded.get(path), structure.get(path)
         if said == [] and seen is None and f'{path}.bias' in weights:
             continue

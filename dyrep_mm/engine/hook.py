@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from mmengine.hooks import EMAHook, Hook
-from mmengine.runner import EpochBasedTrainLoop, Runner
-from torch import Tensor, nn
+from mmengine.runner import Runner
+from torch import nn
 
-from dyrep_mm.engine.batches import can_draw, check_batches
+from dyrep_mm.engine.batches import batch_sampler_before, can_draw, check_batches
 from dyrep_mm.engine.checkpoint import (
-    Once,
     check_resumable,
-    check_weights,
-    load_structure,
     structure_in,
     weights_of,
 )
@@ -34,7 +32,7 @@ from dyrep_mm.engine.options import (
     check_seed,
     check_start,
 )
-from dyrep_mm.engine.pretrained import Handover, handovers_in
+from dyrep_mm.engine.pretrained import handovers_in
 from dyrep_mm.engine.runner import (
     choose_resume,
     from_rank_0,
@@ -43,7 +41,8 @@ from dyrep_mm.engine.runner import (
     refuse_unsupported,
     unwrap,
 )
-from dyrep_mm.engine.schedule import INTERVAL, LEFT_OUT, UpdateCost, sensible_interval
+from dyrep_mm.engine.schedule import LEFT_OUT, Schedule, UpdateCost
+from dyrep_mm.engine.start import Reception, check_that_something_can_change, start_from
 from dyrep_mm.engine.transaction import Transaction
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.evolution.record import Entry, Record
@@ -51,25 +50,18 @@ from dyrep_mm.evolution.rule import DyRepRule, Rule
 from dyrep_mm.registry import HOOKS
 from dyrep_mm.reparam.block import kernels_kept
 from dyrep_mm.surgery.candidates import (
-    FROZEN,
-    candidates,
     leave_alone,
     left_alone,
-    preset,
-    survey,
 )
-from dyrep_mm.surgery.copies import Copies, find_copies, own_part, with_copies
+from dyrep_mm.surgery.copies import Copies, find_copies, own_part
 from dyrep_mm.surgery.cost import SizeWatch, multiply_adds
-from dyrep_mm.surgery.rewire import INIT_SCALE, absent, structure_errors
+from dyrep_mm.surgery.rewire import INIT_SCALE
 from dyrep_mm.surgery.structure import (
     MAX_DEPTH,
-    PRESETS,
     Plan,
-    Structure,
-    structure_from_names,
     structure_of,
 )
-from dyrep_mm.surgery.tree import blocks_of, check_scope, get_module, in_scope
+from dyrep_mm.surgery.tree import blocks_of, check_scope, get_module
 
 
 @HOOKS.register_module()
@@ -133,10 +125,13 @@ class DyRepHook(Hook):
         recompute: bool = False,
         stop_on_invalid_loss: bool = False,
     ):
-        given = interval is not None and interval is not LEFT_OUT
-        self.interval = check_count('interval', interval, 1) if given else interval
-        self.by_epoch = None if by_epoch is None else check_flag('by_epoch', by_epoch)
-        self.end = None if end is None else check_count('end', end, 0)
+        if interval is not None and interval is not LEFT_OUT:
+            check_count('interval', interval, 1)
+        if by_epoch is not None:
+            check_flag('by_epoch', by_epoch)
+        if end is not None:
+            check_count('end', end, 0)
+        self.schedule = Schedule(interval, by_epoch, end)
         self.scope = check_prefixes(scope)
         self.metric = check_score(metric)
         self.grow_per_update = check_count('grow_per_update', grow_per_update, 0)
@@ -149,14 +144,12 @@ class DyRepHook(Hook):
         self.structure = check_start(structure)
         self.seed = check_seed(seed)
         self.recompute = check_flag('recompute', recompute)
-        self.stop_on_invalid_loss = check_flag('stop_on_invalid_loss', stop_on_invalid_loss)
+        self._losses = LossWatch(check_flag('stop_on_invalid_loss', stop_on_invalid_loss))
         self._started = False
-        self._loading: Any = None
+        self._reception = Reception()
         self._record = Record()
         self._transaction: Transaction | None = None
         self._sizes: SizeWatch | None = None
-        self._losses = LossWatch()
-        self._told_of_loss = False
         self._cost: UpdateCost | None = None
         self._handles: list[Any] = []
         self._copies: Copies | None = None
@@ -206,80 +199,47 @@ class DyRepHook(Hook):
             self._record = Record.from_checkpoint(checkpoint)
         else:
             self._record.scores = None
-        # A resumed run had its start already, also if it has not grown yet.
-        self._started = bool(structure) or (resumes and structure is not None)
-        checkpoint.setdefault('state_dict', weights)  # where EMAHook looks for it
-        refused: DyRepError | None = None
-        try:
-            self._receive(runner, structure or {}, weights, resumes)
-            if resumes:
-                for path, reason in self._record.left_alone.items():
-                    leave_alone(get_module(unwrap(runner.model), path), reason)
-        except DyRepError as error:
-            if resumes:
-                raise
-            refused = error  # unless runner.load_checkpoint(revise_keys=...) renames after this
-
-        def on_load(state: dict[str, Any]) -> None:
-            renamed = weights_of(state)
-            if renamed.keys() == weights.keys():
-                if refused is not None:
-                    raise refused
-                return
-            structure = structure_from_names(renamed)
-            self._receive(runner, structure, renamed, resumes)
-            self._started = bool(structure)
-
-        self._await_load(unwrap(runner.model), on_load)
-
-    def _await_load(self, model: nn.Module, call: Callable[[dict], None] | None) -> None:
-        """Call with the names and weights that ``model`` is about to load, once."""
-        if self._loading is not None:
-            self._loading.remove()
-        self._loading = call and model.register_load_state_dict_pre_hook(Once(call))
-
-    def _receive(
-        self, runner: Runner, structure: Structure, weights: dict[str, Tensor], resumes: bool
-    ) -> None:
-        """Make the model such that it can take these weights, or refuse them."""
+        checkpoint.setdefault('state_dict', OrderedDict(weights))  # where EMAHook looks for it
         transaction = self._transaction_of(runner)
         model = transaction.model
-        # Copies whose weights are not in the file follow, as those of a pretrained backbone.
-        absent = {
-            copied: source
-            for copied, source in transaction.copies.items()
-            if not any(name.startswith(f'{copied}.') for name in weights)
-        }
-        structure, weights = with_copies(structure, absent), with_copies(weights, absent)
-        changed = transaction.restore(structure, weights)
-        check_weights(model, weights, resumes)
-        for path, handover in handovers_in(model).items():
-            handover.finish(get_module(model, path))  # the weights that are loaded last win
-        if changed and not resumes and self.rule.state_dict() is not None:
-            self.rule.watch(model)
+
+        def received(changed: bool) -> None:
+            # A resumed run had its start already, also if it has not grown yet.
+            grown = bool(structure_of(model))
+            self._started = grown or (resumes and self._record.structure is not None)
+            if resumes:
+                for path, reason in self._record.left_alone.items():
+                    leave_alone(get_module(model, path), reason)
+            elif changed and self.rule.state_dict() is not None:  # in the middle of a training
+                self.rule.watch(model)
+
+        self._reception.receive(transaction, structure or {}, weights, resumes, received)
 
     def before_train(self, runner: Runner) -> None:
         model = unwrap(runner.model)
-        self._await_load(model, None)
+        self._reception.close()
         self._stop_watching()  # of a training that did not end
         check_scope(model, self.scope)
         runner.model.train()  # the library's own train() says what is frozen
         # With diff_rank_seed every rank has another; branches must be the same.
         self.seed = from_rank_0(runner.seed if self.seed is None else self.seed)
-        self._choose_unit(runner)
+        self._fit_schedule(runner)
+        transaction = self._transaction_of(runner)
+        transaction.batch_sampler = batch_sampler_before(runner.train_dataloader)
         for path, handover in handovers_in(model).items():
-            self._take_over(runner, path, handover)
+            runner.logger.info(f'DyRep: {handover.carry_out(transaction, path)}')
         to_start = self.structure is not None and not self._started
-        if self.calibration_batches and (to_start or self.interval is not None):
+        if self.calibration_batches and (to_start or self.schedule.interval is not None):
             check_batches(runner)
         if to_start:
-            self._start(runner)
+            start_from(transaction, self.structure, self.scope, self.seed, 0)
+            runner.logger.info(f'DyRep: starts with {len(blocks_of(model))} blocks')
         self._started = True
-        transaction = self._transaction_of(runner)
         self._handles = [model.register_forward_pre_hook(lambda *_: transaction.freezes.follow())]
-        if self.interval is None:
+        if self.schedule.interval is None:
             return
-        self._check_that_something_can_change(runner)
+        trouble = check_that_something_can_change(model, self.scope, self.max_depth, self.branches)
+        self._warn(runner, trouble)
         self.rule.watch(model)
         scores = self._record.scores
         if scores is not None and not self.rule.load_state_dict(scores):
@@ -289,7 +249,7 @@ class DyRepHook(Hook):
             )
         if self._record.sizes is None:
             self._sizes = SizeWatch(model)
-        self._cost = UpdateCost(runner, self.interval, self.by_epoch, self.calibration_batches)
+        self._cost = UpdateCost(runner, self.schedule, self.calibration_batches)
         self._warn(runner, self._cost.foresee())
         on_step = partial(self._on_step, runner)
         self._handles.append(optimizer_of(runner).register_step_pre_hook(on_step))
@@ -309,17 +269,17 @@ class DyRepHook(Hook):
             self._sizes = None
         if not can_draw(runner):
             self._transaction_of(runner).last_batch = data_batch
-        if not self.by_epoch:
-            self._update_if_due(runner, runner.iter + 1, runner.max_iters)
+        if not self.schedule.by_epoch:
+            self._update_if_due(runner, runner.iter + 1)
         elif not self.end_of_epoch(runner.train_dataloader, batch_idx):
             # One that an epoch's end in the middle of gradient accumulation has left.
-            self._update_if_due(runner, runner.epoch, runner.max_epochs)
+            self._update_if_due(runner, runner.epoch)
 
     def after_train_epoch(self, runner: Runner) -> None:
         if self._looks_at_loss(runner):
-            self._read_losses(runner)  # before a checkpoint is saved
-        if self.by_epoch:
-            self._update_if_due(runner, runner.epoch + 1, runner.max_epochs)
+            self._losses.tell(runner.logger)  # before a checkpoint is saved
+        if self.schedule.by_epoch:
+            self._update_if_due(runner, runner.epoch + 1)
 
     def before_val_epoch(self, runner: Runner) -> None:
         # Before an EMAHook swaps weights in; kernels merge after it, at the first batch.
@@ -345,7 +305,7 @@ class DyRepHook(Hook):
         self._record.scores = self.rule.state_dict()  # where another train() goes on
         self._stop_watching()
         if self._looks_at_loss(runner):
-            self._read_losses(runner)
+            self._losses.tell(runner.logger)
 
     def _stop_watching(self) -> None:
         for handle in self._handles:
@@ -370,95 +330,28 @@ class DyRepHook(Hook):
             self._copies = find_copies(unwrap(runner.model), self.scope)
         return self._copies
 
-    def _choose_unit(self, runner: Runner) -> None:
-        epochs = isinstance(runner.train_loop, EpochBasedTrainLoop)
-        if self.by_epoch is None:
-            self.by_epoch = epochs
-        if self.by_epoch and not epochs:
-            raise DyRepError(
-                'by_epoch=True needs a training loop that counts epochs, '
-                f'got {type(runner.train_loop).__name__}: set by_epoch=False'
-            )
-        limit = runner.max_epochs if self.by_epoch else runner.max_iters
-        if self.interval is LEFT_OUT:
-            if not self.by_epoch:
-                advice = sensible_interval(runner, self.calibration_batches)
-                raise DyRepError(
-                    'interval has no default where iterations are counted: write, for example, '
-                    f'interval={advice} for the {limit} iterations of this training'
-                )
-            self.interval = INTERVAL
-        if self.interval is not None and self.interval >= limit:
-            raise DyRepError(
-                f'interval={self.interval} is never reached: training ends after {limit} '
-                f'{self._unit}s'
-            )
-        if self._record.by_epoch != self.by_epoch:
+    def _fit_schedule(self, runner: Runner) -> None:
+        self.schedule.fit(runner, self.calibration_batches)
+        if self._record.by_epoch != self.schedule.by_epoch:
             # A new run, or one resumed from a plain checkpoint or with another unit.
-            self._record.by_epoch = self.by_epoch
-            self._record.last = runner.epoch if self.by_epoch else runner.iter
-
-    @property
-    def _unit(self) -> str:
-        return 'epoch' if self.by_epoch else 'iteration'
-
-    def _check_that_something_can_change(self, runner: Runner) -> None:
-        model = unwrap(runner.model)
-        inside = (path for path in blocks_of(model) if in_scope(path, self.scope))
-        if any(inside) or candidates(model, self.scope, self.max_depth, self.branches):
-            return
-        if left_alone(model):  # it was tried
-            return
-        verdicts = survey(model, self.scope, self.branches)
-        where = 'the model' if self.scope is None else f'scope {self.scope!r}'
-        if FROZEN in verdicts.values():
-            # Candidates are looked up at every update.
-            self._warn(runner, f'no conv in {where} can grow until one that is frozen is freed')
-            return
-        reasons = [f'{path}: {why}' for path, why in verdicts.items()]
-        raise DyRepError(
-            f'no conv in {where} can grow'
-            + (f' ({"; ".join(reasons[:3])})' if reasons else ': it has no conv above 1x1')
-        )
+            self._record.by_epoch = self.schedule.by_epoch
+            self._record.last = self.schedule.now(runner) - 1
 
     def _on_step(
         self, runner: Runner, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict
     ) -> None:
         # Here gradients are complete: accumulated, averaged over ranks, and unscaled.
-        if not self._is_over(runner):
+        if not self.schedule.is_over(runner, self._record.last):
             self.rule.observe(optimizer)
 
-    def _now(self, runner: Runner) -> int:
-        """Number of the present epoch or iteration, from 1."""
-        return (runner.epoch if self.by_epoch else runner.iter) + 1
-
-    def _is_over(self, runner: Runner) -> bool:
-        """Whether no update comes any more."""
-        return self.end is not None and max(self._due, self._now(runner)) > self.end
-
-    @property
-    def _due(self) -> int:
-        """Epoch or iteration whose end the next update waits for: the next multiple of
-        ``interval``."""
-        return (self._record.last // self.interval + 1) * self.interval
-
-    def _update_if_due(self, runner: Runner, passed: int, limit: int) -> None:
-        """Update, if there is reason to and the moment is right.
-
-        Args:
-            runner: At the end of an iteration or an epoch.
-            passed: How many epochs or iterations are complete.
-            limit: How many the training has.
-        """
-        if self.interval is None or self._is_over(runner):
+    def _update_if_due(self, runner: Runner, passed: int) -> None:
+        """Update, if there is reason to, with ``passed`` epochs or iterations complete."""
+        if not self.schedule.is_due(runner, self._record.last, passed):
             return
-        # In the middle of gradient accumulation an update waits for the optimizer step.
-        if not self._due <= passed < limit or not runner.optim_wrapper.should_update():
-            return
-        if self._read_losses(runner):
+        if self._losses.tell(runner.logger):
             return  # the weights may be lost; if the step was skipped, another comes
         start = time.monotonic()
-        self.update(runner, self._now(runner))
+        self.update(runner)
         self._record.last = passed
         if self.journal[-1].grown:
             self._warn(runner, self._cost.measure(time.monotonic() - start))
@@ -468,8 +361,7 @@ class DyRepHook(Hook):
             runner.logger.warning(f'DyRep: {message}')
 
     def _looks_at_loss(self, runner: Runner) -> bool:
-        scores = self.interval is not None and not self._is_over(runner)
-        return scores or self.stop_on_invalid_loss
+        return self._losses.stop or not self.schedule.is_over(runner, self._record.last)
 
     def _look_at_loss(self, runner: Runner, outputs: dict | None) -> None:
         if not self._looks_at_loss(runner):
@@ -477,33 +369,11 @@ class DyRepHook(Hook):
         self._losses.see((outputs or {}).get('loss'), runner.iter + 1)
         # On an accelerator reading waits, and several ranks must agree: once in a while is enough.
         if self._losses.is_free or self.every_n_train_iters(runner, 50):
-            self._read_losses(runner)
+            self._losses.tell(runner.logger)
 
-    def _read_losses(self, runner: Runner) -> bool:
-        """Tell of a loss that was not finite, the same on every rank; whether the latest is."""
-        iteration, loss, latest = self._losses.read()
-        if iteration and self.stop_on_invalid_loss:
-            raise DyRepError(
-                f'the loss is {loss} at iteration {iteration}: '
-                'training cannot go on from a loss that is not finite'
-            )
-        if iteration and not self._told_of_loss:
-            self._told_of_loss = True
-            self._warn(
-                runner,
-                f'the loss is {loss} at iteration {iteration}; gradients that are not finite score '
-                'nothing, and updates wait for a finite loss (stop_on_invalid_loss=True ends the '
-                'run instead)',
-            )
-        return latest
-
-    def update(self, runner: Runner, now: int) -> Plan:
-        """One update of Algorithm 1 (lines 6 to 11), the same on every rank.
-
-        Args:
-            runner: Behind an optimizer step.
-            now: Number of the present epoch or iteration.
-        """
+    def update(self, runner: Runner) -> Plan:
+        """One update of Algorithm 1 (lines 6 to 11), behind an optimizer step, the same on every
+        rank."""
         record, transaction = self._record, self._transaction_of(runner)
         record.updates += 1
         generator = make_generator(self.seed, record.updates, 'scores')
@@ -513,7 +383,7 @@ class DyRepHook(Hook):
             record.warned = True
             runner.logger.warning(f'DyRep: {plan.remark}')
         plan = transaction.change(plan, self.seed, record.updates)
-        record.journal.append(self._entry(plan, transaction.model, now))
+        record.journal.append(self._entry(plan, transaction.model, self.schedule.now(runner)))
         runner.logger.info(f'DyRep {record.journal[-1].summary()}')
         self.rule.watch(transaction.model)
         return plan
@@ -522,7 +392,7 @@ class DyRepHook(Hook):
         blocks, sizes = blocks_of(model).values(), self._record.sizes
         return Entry(
             update=self._record.updates,
-            unit=self._unit,
+            unit=self.schedule.unit,
             at=now,
             grown=plan.grow,
             pruned=plan.prune,
@@ -532,35 +402,4 @@ class DyRepHook(Hook):
             branches=sum(len(block.added) for block in blocks),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             multiply_adds=None if sizes is None else multiply_adds(model, sizes),
-        )
-
-    def _start(self, runner: Runner) -> None:
-        transaction = self._transaction_of(runner)
-        model = transaction.model
-        if isinstance(self.structure, str) and self.structure in PRESETS:
-            structure = preset(model, self.structure, scope=self.scope)
-        else:
-            structure = load_structure(self.structure)
-        with structure_errors():
-            transaction.change(Plan(grow=absent(model, structure)), self.seed, 0)
-        runner.logger.info(f'DyRep: starts with {len(blocks_of(model))} blocks')
-
-    def _take_over(self, runner: Runner, path: str, handover: Handover) -> None:
-        """Do what :class:`DyRepPretrained` has left to do for the module at ``path``."""
-        transaction = self._transaction_of(runner)
-        module = get_module(transaction.model, path)
-        below = f'{path}.' if path else ''
-        present = structure_of(transaction.model)
-        outside = {p: names for p, names in present.items() if not in_scope(p, path)}
-        inside = {below + p: names for p, names in handover.structure.items()}
-        transaction.restore({**outside, **with_copies(inside, transaction.copies)})
-        module.load_state_dict(handover.state)
-        handover.finish(module)
-        runner.logger.info(
-            f'DyRep: {path or "the model"} starts from {handover.checkpoint} with '
-            f'{len(blocks_of(module))} blocks'
-            + ''.join(
-                f'; {below}{p}: {", ".join(names)} not exact here, absorbed by the conv'
-                for p, names in handover.absorbed.items()
-            )
         )

@@ -8,11 +8,16 @@ import torch
 from mmengine.dist import all_gather_object, get_world_size
 from torch import Tensor
 
+from dyrep_mm.errors import DyRepError
+
 
 class LossWatch:
     """Watches the losses of a run.
 
     What was seen stays on the device of the loss until :meth:`read`.
+
+    Args:
+        stop: End the run at a loss that is not finite, instead of telling of the first one.
 
     Attributes:
         first: Number of the first iteration whose loss was not finite, int64; 0 if there is none.
@@ -20,7 +25,9 @@ class LossWatch:
         latest: Whether the loss of the latest iteration was not finite.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stop: bool = False):
+        self.stop = stop
+        self.told = False
         self.first = torch.tensor(0)
         self.value = torch.tensor(0.0)
         self.latest = torch.tensor(False)
@@ -62,3 +69,27 @@ class LossWatch:
         seen = all_gather_object(own)
         first, value = min(((n, v) for n, v, _ in seen if n), default=(0, 0.0), key=lambda s: s[0])
         return first, value, any(latest for *_, latest in seen)
+
+    def tell(self, logger: Any) -> bool:
+        """Tell of a loss that was not finite; every rank must call it.
+
+        Returns:
+            Whether the latest loss of a rank is not finite.
+
+        Raises:
+            DyRepError: a loss was not finite, and the run is to end.
+        """
+        iteration, loss, latest = self.read()
+        if iteration and self.stop:
+            raise DyRepError(
+                f'the loss is {loss} at iteration {iteration}: '
+                'training cannot go on from a loss that is not finite'
+            )
+        if iteration and not self.told:
+            self.told = True
+            logger.warning(
+                f'DyRep: the loss is {loss} at iteration {iteration}; gradients that are not '
+                'finite score nothing, and updates wait for a finite loss '
+                '(stop_on_invalid_loss=True ends the run instead)'
+            )
+        return latest

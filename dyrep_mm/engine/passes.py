@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,12 +63,16 @@ class Passes:
         self.calls: list[Call] = []
         self.unreached = list(parts)
         features = None
+
+        def find_features() -> Any:
+            nonlocal features
+            features = features_of(model, inputs)
+            return features
+
         with _evaluation(model):
-            trouble = self._try(model, Call('', IMAGES), inputs, None)
-            if self.unreached or not self.calls:
-                with suppress(Exception):  # it may be a model without them
-                    features = features_of(model, inputs)
-                    self._try(model, Call('', FEATURES), inputs, features)
+            trouble = self._try(model, Call('', IMAGES), partial(own_forward, model, inputs))
+            if self.unreached or not self.calls:  # it may be a model without them
+                self._try(model, Call('', FEATURES), find_features)
             if not self.calls:
                 raise DyRepError(
                     f'{type(model).__name__} does not run on images of {shape_of(inputs)}: '
@@ -95,17 +100,18 @@ class Passes:
         calls += [Call(holder, NOISE, get_module(model, path).in_channels) for holder in holders]
         for call in calls:
             if path in self.unreached:
-                self._try(model, call, inputs, features)
+                self._try(model, call, partial(_output, model, call, inputs, features))
 
-    def _try(self, model: nn.Module, call: Call, inputs: Tensor, features: Any) -> str | None:
-        """Keep ``call`` if it works and reaches a part that no other does; else say why not."""
+    def _try(self, model: nn.Module, call: Call, run: Callable[[], Any]) -> str | None:
+        """Keep ``call`` if it works, as ``run`` shows, and reaches a part that no other does; else
+        say why not."""
         reached: set[str] = set()
         handles = [
             get_module(model, path).register_forward_hook(lambda *_, path=path: reached.add(path))
             for path in self.unreached
         ]
         try:
-            output = _output(model, call, inputs, features)
+            output = run()
         except Exception as error:  # of any code, on what it may not be made for
             return first_line(error)
         finally:

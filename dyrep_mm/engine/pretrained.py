@@ -10,12 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from dyrep_mm.engine.checkpoint import below, load_grown, load_strictly, weights_of
+from dyrep_mm.engine.transaction import Transaction
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.registry import WEIGHT_INITIALIZERS
 from dyrep_mm.reparam.branches import ORIGIN, fitting
+from dyrep_mm.surgery.copies import with_copies
 from dyrep_mm.surgery.rewire import prune, restore
 from dyrep_mm.surgery.structure import Structure, structure_of
-from dyrep_mm.surgery.tree import blocks_of, get_module, outermost
+from dyrep_mm.surgery.tree import blocks_of, get_module, in_scope, outermost
 
 _MARK = '_dyrep_start'
 
@@ -80,6 +82,24 @@ class Handover:
         self.structure: Structure = structure_of(copied)
         self.state = copied.state_dict()
         self._guard = module.register_forward_pre_hook(_refuse)
+
+    def carry_out(self, transaction: Transaction, path: str) -> str:
+        """Give the module at ``path`` structure and weights; returns what to tell."""
+        module = get_module(transaction.model, path)
+        prefix = f'{path}.' if path else ''
+        present = structure_of(transaction.model)
+        outside = {p: names for p, names in present.items() if not in_scope(p, path)}
+        inside = {prefix + p: names for p, names in self.structure.items()}
+        transaction.restore({**outside, **with_copies(inside, transaction.copies)})
+        module.load_state_dict(self.state)
+        self.finish(module)
+        return (
+            f'{path or "the model"} starts from {self.checkpoint} with '
+            f'{len(blocks_of(module))} blocks'
+        ) + ''.join(
+            f'; {prefix}{p}: {", ".join(names)} not exact here, absorbed by the conv'
+            for p, names in self.absorbed.items()
+        )
 
     def finish(self, module: nn.Module) -> None:
         """Take the mark and the guard away."""

@@ -1,4 +1,4 @@
-"""How far apart updates should be, and the warning where they come too often."""
+"""When updates happen, how far apart they should be, and the warning where they come too often."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_world_size
-from mmengine.runner import Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner
+
+from dyrep_mm.errors import DyRepError
 
 #: Stands for an option that was not given, where None has a meaning of its own.
 LEFT_OUT: Any = ...
@@ -42,24 +44,105 @@ def sensible_interval(runner: Runner, calibration_batches: int) -> int:
     return min(max(whole, round(calibration_batches / SHARE), 1), longest)
 
 
+class Schedule:
+    """When updates happen.
+
+    Args:
+        interval: Epochs or iterations between two; None: never; :data:`LEFT_OUT`: the default.
+        by_epoch: Whether ``interval`` and ``end`` are epochs; None: what the training loop counts.
+        end: The last epoch or iteration with an update; None: no end.
+    """
+
+    def __init__(self, interval: int | None, by_epoch: bool | None, end: int | None):
+        self.interval = interval
+        self.by_epoch = by_epoch
+        self.end = end
+
+    def fit(self, runner: Runner, calibration_batches: int) -> None:
+        """Settle what was left open, for the training loop of ``runner``.
+
+        Raises:
+            DyRepError: the loop does not count so, or does not reach an update.
+        """
+        epochs = isinstance(runner.train_loop, EpochBasedTrainLoop)
+        if self.by_epoch is None:
+            self.by_epoch = epochs
+        if self.by_epoch and not epochs:
+            raise DyRepError(
+                'by_epoch=True needs a training loop that counts epochs, '
+                f'got {type(runner.train_loop).__name__}: set by_epoch=False'
+            )
+        limit = runner.max_epochs if self.by_epoch else runner.max_iters
+        if self.interval is LEFT_OUT:
+            if not self.by_epoch:
+                advice = sensible_interval(runner, calibration_batches)
+                raise DyRepError(
+                    'interval has no default where iterations are counted: write, for example, '
+                    f'interval={advice} for the {limit} iterations of this training'
+                )
+            self.interval = INTERVAL
+        if self.interval is not None and self.interval >= limit:
+            raise DyRepError(
+                f'interval={self.interval} is never reached: training ends after {limit} '
+                f'{self.unit}s'
+            )
+
+    @property
+    def unit(self) -> str:
+        """``'epoch'`` or ``'iteration'``."""
+        return 'epoch' if self.by_epoch else 'iteration'
+
+    def now(self, runner: Runner) -> int:
+        """Number of the present epoch or iteration, from 1."""
+        return (runner.epoch if self.by_epoch else runner.iter) + 1
+
+    def due(self, last: int) -> int:
+        """Epoch or iteration whose end the next update waits for: the next multiple of
+        ``interval``.
+
+        Args:
+            last: Epochs or iterations that were complete at the last update.
+        """
+        return (last // self.interval + 1) * self.interval
+
+    def is_over(self, runner: Runner, last: int) -> bool:
+        """Whether no update comes any more."""
+        if self.interval is None:
+            return True
+        return self.end is not None and max(self.due(last), self.now(runner)) > self.end
+
+    def is_due(self, runner: Runner, last: int, passed: int) -> bool:
+        """Whether to update now.
+
+        Args:
+            runner: At the end of an iteration or an epoch.
+            last: See :meth:`due`.
+            passed: Epochs or iterations that are complete.
+        """
+        limit = runner.max_epochs if self.by_epoch else runner.max_iters
+        if self.is_over(runner, last) or not self.due(last) <= passed < limit:
+            return False
+        # In the middle of gradient accumulation an update waits for the optimizer step.
+        return runner.optim_wrapper.should_update()
+
+
 class UpdateCost:
     """Tells, once, when updates come too often for what they cost.
 
     Args:
         runner: At the start of training, or where it resumes.
-        interval: Between two updates.
-        by_epoch: Its unit.
+        schedule: Says how far apart updates are.
         calibration_batches: Of one update.
 
     Attributes:
         trained: Iterations since then; the hook counts them.
     """
 
-    def __init__(self, runner: Runner, interval: int, by_epoch: bool, calibration_batches: int):
+    def __init__(self, runner: Runner, schedule: Schedule, calibration_batches: int):
         epoch = iterations_per_epoch(runner)
-        self.interval = interval
-        self.unit, self.size = ('epoch', epoch) if by_epoch else ('iteration', 1)
-        self.limit = runner.max_epochs if by_epoch else runner.max_iters
+        self.interval, self.unit = schedule.interval, schedule.unit
+        self.size = epoch if schedule.by_epoch else 1
+        self.limit = runner.max_epochs if schedule.by_epoch else runner.max_iters
         self.batches = calibration_batches if epoch is None else min(calibration_batches, epoch)
         self.sensible = sensible_interval(runner, self.batches)
         self.told = False

@@ -70,6 +70,7 @@ class Transaction:
         averages: The averaged models of EMA hooks.
         optimizer: None in a test.
         freezes: Of the present structure.
+        batch_sampler: Of the training, as it was before its first batch.
         last_batch: The batch that was trained on last, where no other can be drawn.
     """
 
@@ -90,6 +91,7 @@ class Transaction:
         self.averages = averaged_models(runner)
         self.optimizer = optimizer_of(runner)
         self.freezes = FreezeWatch(self.model)
+        self.batch_sampler: Any = None
         self.last_batch: Any = None
         self._copies: Copies = dict(copies or {})
 
@@ -225,5 +227,6 @@ class Transaction:
     def _batches(self, seed: int) -> Iterator[Any] | None:
         """Training batches to look at and to measure on; None if there is none."""
         if can_draw(self.runner) or self.calibration_batches:
-            return calibration_batches(self.runner, max(self.calibration_batches, 1), seed)
+            count = max(self.calibration_batches, 1)
+            return calibration_batches(self.runner, count, seed, self.batch_sampler)
         return None if self.last_batch is None else iter([self.last_batch])

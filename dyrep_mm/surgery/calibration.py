@@ -61,15 +61,16 @@ def calibrate(
 
     def on_origin(path: str) -> Callable:
         def hook(_module: nn.Module, _args: tuple, output: Tensor) -> None:
-            # The branches come after the origin.
-            for norm in norms[path]:
-                norm.train(not has_few_values(output))
-            if has_few_values(output):
+            wide = torch.promote_types(output.dtype, torch.float32)
+            images = output.to(wide).reshape(-1, *output.shape[-3:])
+            variances[path].append(images.var((0, 2, 3), unbiased=False))
+
+        return hook
+
+    def on_block(path: str) -> Callable:
+        def hook(_module: nn.Module, _args: tuple, output: Tensor) -> None:
+            if has_few_values(output):  # nothing has run that could be measured
                 few.add(path)
-            else:
-                wide = torch.promote_types(output.dtype, torch.float32)
-                images = output.to(wide).reshape(-1, *output.shape[-3:])
-                variances[path].append(images.var((0, 2, 3), unbiased=False))
 
         return hook
 
@@ -81,9 +82,11 @@ def calibrate(
 
         return hook
 
-    handles = [get_module(model, p).register_forward_hook(on_holder(p)) for p in holders]
+    handles = []
     for path, block in blocks.items():
+        handles.append(block.register_forward_hook(on_block(path)))
         handles.append(block.branches[ORIGIN].register_forward_hook(on_origin(path)))
+    handles += [get_module(model, p).register_forward_hook(on_holder(p)) for p in holders]
     measured = {id(b): b for ns in norms.values() for norm in ns for b in norm.buffers()}
     try:
         with state_kept(model, measured.values()):

@@ -6,13 +6,16 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.surgery.structure import Plan, Structure
+from dyrep_mm.surgery.structure import Plan
 from dyrep_mm.surgery.tree import Scope, ancestors, get_module, in_scope
+
+T = TypeVar('T')
 
 #: What is copied by path of the copy.
 Copies = dict[str, str]
@@ -154,9 +157,9 @@ def places_in(copies: Copies, path: str) -> list[str]:
     ]
 
 
-def with_copies(structure: Structure, copies: Copies) -> Structure:
-    """``structure``, and the same in the copies."""
+def with_copies(by_path: Mapping[str, T], copies: Copies) -> dict[str, T]:
+    """What there is by path, a Structure or a ``state_dict``, and the same in the copies."""
     return {
-        **structure,
-        **{at: names for path, names in structure.items() for at in places_in(copies, path)},
+        **by_path,
+        **{at: value for path, value in by_path.items() for at in places_in(copies, path)},
     }

@@ -72,11 +72,12 @@ def test_average_follows(tmp_path, monkeypatch, average, buffers):
 
     def spy(transaction, *args):
         before, own = function_of(averaged(run).module), function_of(run.model)
-        change(transaction, *args)
+        plan = change(transaction, *args)
         after = function_of(averaged(run).module)
         size = before.abs().max()
         jumps.append(((after - before).abs().max() / size).item())
         seen.append(((before - own).abs().max() / size).item())
+        return plan
 
     def check(run):
         average, model = averaged(run), run.model

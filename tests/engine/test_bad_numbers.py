@@ -333,8 +333,7 @@ def test_bad_activations_leave_the_conv_plain(tmp_path, bad):
             run.model.backbone.bn1.bias.data[0] = bad
 
     watch(run, spoil, 'after_train_iter', 'VERY_HIGH')
-    with pytest.raises(DyRepError, match='not finite'):
-        run.train()
+    run.train()
     assert blocks_of(run.model) == {}
     assert all('not finite' in reason for reason in left_alone(run.model).values())
     assert len(left_alone(run.model)) == 1

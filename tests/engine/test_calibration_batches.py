@@ -269,6 +269,19 @@ class Buckets(BatchSampler):
 
 
 @DATA_SAMPLERS.register_module(force=True)
+class InHand(Buckets):
+    """All images alike, as mmdet's batches of one aspect ratio: in the middle of an epoch the one
+    bucket is full, and gives nothing to who goes on from there."""
+
+    def __iter__(self):
+        for index in self.sampler:
+            self.waiting[0].append(index)
+            if len(self.waiting[0]) == 3:
+                yield self.waiting[0][:]
+                self.waiting[0].clear()
+
+
+@DATA_SAMPLERS.register_module(force=True)
 class FixedLists:
     """Batches that were made before, in an order of its own; mmengine asks for a sampler."""
 
@@ -298,7 +311,7 @@ class Running(FixedLists):
         return self.running
 
 
-@pytest.mark.parametrize('batches', ['Buckets', 'FixedLists', 'Running'])
+@pytest.mark.parametrize('batches', ['Buckets', 'InHand', 'FixedLists', 'Running'])
 @pytest.mark.parametrize('sampler', ['DefaultSampler', 'InfiniteSampler'])
 def test_any_batch_sampler(tmp_path, batches, sampler):
     """The run grows, and trains on what a plain run trains on."""

@@ -16,7 +16,7 @@ from dyrep_mm.surgery.structure import MAX_DEPTH, structure_of
 from dyrep_mm.surgery.tree import blocks_of
 from support.checks import assert_equal_states
 from support.processes import run_tool
-from support.runs import FAST, PRUNING, TinyClassifier, dyrep, runner, updates, watch
+from support.runs import FAST, PRUNING, TinyClassifier, runner, updates, watch
 
 # What other parts of mmengine do with checkpoints
 
@@ -59,7 +59,7 @@ def test_early_stopping(tmp_path):
     assert run.epoch < 9
     last = load_checkpoint(tmp_path / f'epoch_{run.epoch}.pth')
     assert last['meta']['dyrep_mm']['structure'] == structure_of(run.model)
-    assert dyrep(run)._handle is None
+    assert not run.optim_wrapper.optimizer._optimizer_step_pre_hooks
     optimizer = run.optim_wrapper.optimizer
     assert not optimizer._optimizer_step_pre_hooks
 

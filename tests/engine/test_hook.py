@@ -199,9 +199,9 @@ def test_gradient_accumulation_scores_complete_gradients(tmp_path):
     hook = dyrep(run)
     update = hook.update
 
-    def spy(run, now):
-        counts.append((now, hook.rule.score.counts.unique().tolist()))
-        return update(run, now)
+    def spy(run):
+        counts.append((run.iter + 1, hook.rule.score.counts.unique().tolist()))
+        return update(run)
 
     hook.update = spy
     run.train()

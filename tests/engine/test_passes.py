@@ -408,6 +408,14 @@ def test_passes_leave_the_model_alone():
         assert torch.equal(tensor, state[name])
 
 
+def test_the_backbone_of_a_two_stage_detector_takes_one_call():
+    """Its own forward wants proposals: what the features need is seen while they are computed."""
+    model = expand(build_model(Config(two_stage(bbox_head=BOX_HEAD))), 'dbb', scope='backbone')
+    passes = Passes(model.double(), image(2, 3, 64, 64), altered(model))
+    assert not passes.unreached
+    assert [(call.path, call.source) for call in passes.calls] == [('', 'features')]
+
+
 @pytest.mark.parametrize('channels', [1, 3, 4, 7])
 @pytest.mark.parametrize('focus', [False, True])
 def test_channels_are_those_of_the_first_layer(channels, focus):

@@ -30,9 +30,9 @@ def when(run) -> list[int]:
     hook, seen = dyrep(run), []
     update = hook.update
 
-    def spy(run, now):
+    def spy(run):
         seen.append(run.optim_wrapper.inner_count)
-        return update(run, now)
+        return update(run)
 
     hook.update = spy
     return seen

@@ -94,14 +94,16 @@ def main() -> None:
 
     def change_slowly(*args):
         time.sleep(0.05)
-        change(*args)
+        plan = change(*args)
         time.sleep(0.05)
+        return plan
 
     def change_and_wait(*args):
-        change(*args)
+        plan = change(*args)
         changes.append(args)
         if len(changes) == 4:  # after the first checkpoint
             wait_for_the_kill()
+        return plan
 
     if mode == 'slow':
         LocalBackend.put, Transaction.change = write_slowly, change_slowly

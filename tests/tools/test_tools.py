@@ -13,6 +13,7 @@ import pytest
 import torch
 from mmdet.datasets import CocoDataset
 from mmdet.structures import DetDataSample
+from torch import nn
 
 from dyrep_mm import expand, structure_of
 from dyrep_mm.engine.checkpoint import load_checkpoint
@@ -146,23 +147,29 @@ def test_resume_auto(coco, trained, tmp_path):
     assert groups[0] == groups[1]
 
 
-@pytest.fixture
-def other_model(tmp_path) -> Path:
-    path = tmp_path / 'other.pth'
-    structure = {'backbone.layer1.0.conv2': ['kxk', '1x1']}
-    torch.save({'meta': {'dyrep_mm': {'structure': structure}}, 'state_dict': {}}, path)
-    return path
+def grown_elsewhere(path: str) -> dict:
+    """A checkpoint of a model whose one conv, at ``path``, has grown."""
+    model = module = nn.Module()
+    *parents, name = path.split('.')
+    for parent in parents:
+        module.add_module(parent, nn.Module())
+        module = module.get_submodule(parent)
+    module.add_module(name, nn.Conv2d(4, 4, 3, bias=False))
+    expand(model, {path: ['kxk', '1x1']})
+    checkpoint = {'meta': {}, 'state_dict': model.state_dict()}
+    Record(structure_of(model)).to_checkpoint(checkpoint)
+    return checkpoint
 
 
 @pytest.mark.parametrize('case', ['missing', 'truncated', 'text', 'plain', 'other', 'misfit'])
-def test_fuse_refuses(case, trained, other_model, tmp_path):
+def test_fuse_refuses(case, trained, tmp_path):
     source, out = tmp_path / f'{case}.pth', tmp_path / 'out.pth'
     word = {
         'missing': 'there is no checkpoint file',
         'truncated': 'truncated or no checkpoint',
         'text': 'no checkpoint',
         'plain': 'holds no structure',
-        'other': 'is not of this model',
+        'other': 'has shape',
         'misfit': 'layer9',
     }[case]
     if case == 'truncated':
@@ -170,12 +177,11 @@ def test_fuse_refuses(case, trained, other_model, tmp_path):
     elif case == 'text':
         source.write_text('hello\n')
     elif case == 'plain':
-        torch.save({'meta': {}, 'state_dict': {}}, source)
+        torch.save({'meta': {}, 'state_dict': {'weight': torch.ones(1)}}, source)
     elif case == 'other':
-        source = other_model
+        torch.save(grown_elsewhere('backbone.layer2.0.conv2'), source)
     elif case == 'misfit':
-        record = {'structure': {'backbone.layer9.conv': ['kxk', '1x1']}}
-        torch.save({'meta': {'dyrep_mm': record}, 'state_dict': {}}, source)
+        torch.save(grown_elsewhere('backbone.layer9.conv'), source)
     before = sorted(tmp_path.iterdir())
     printed = run_tool('fuse', CONFIG, source, out, code=1).strip()
     assert word in printed.splitlines()[-1]
