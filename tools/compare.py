@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from _cli import add_common, build_runner, check_local, check_out, load_config, sentence
 from mmengine.hooks import Hook
-from mmengine.structures import BaseDataElement
+from mmengine.structures import BaseDataElement, InstanceData
 from prettytable import PrettyTable
 
 from dyrep_mm.errors import DyRepError
@@ -58,6 +58,48 @@ def tensors(data: Any, name: str = '') -> Iterator[tuple[str, torch.Tensor]]:
             yield name, data
 
 
+def in_order_of(first: InstanceData, second: InstanceData) -> InstanceData:
+    """``second`` with each instance where ``first`` has the nearest one: instances of equal scores
+    come in any order."""
+    if len(first) != len(second) or not len(first):
+        return second
+    from scipy.optimize import linear_sum_assignment  # mmdet brings it, as it does instances
+
+    cost = torch.zeros(len(first), len(second), dtype=torch.float64)
+    others = dict(tensors(second))
+    for name, a in tensors(first):
+        if a.numel() <= 16 * len(first):  # masks are not needed for it
+            rows = [t.double().reshape(len(first), -1) for t in (a, others[name])]
+            cost += torch.cdist(*rows, p=torch.inf)
+    if not cost.isfinite().all():
+        return second
+    _, order = linear_sum_assignment(cost.numpy())
+    return second[torch.as_tensor(order)]
+
+
+def align(one: BaseDataElement, other: BaseDataElement) -> None:
+    """Put the predicted instances of ``other`` into the order of those of ``one``."""
+    for name, instances in one.items():
+        theirs = other.get(name)
+        if name.startswith('pred') and isinstance(theirs, InstanceData):
+            setattr(other, name, in_order_of(instances, theirs))
+
+
+def labels(args: argparse.Namespace) -> list[str]:
+    """What to call the two sides: their files' names, or more of them where those are the same."""
+    pairs = (args.config, args.checkpoint), (args.other_config, args.other_checkpoint)
+    for name in (
+        lambda config, checkpoint: Path(checkpoint).name,
+        lambda config, checkpoint: checkpoint,
+        lambda config, checkpoint: f'{Path(config).stem}: {checkpoint}',
+        lambda config, checkpoint: f'{config}: {checkpoint}',
+    ):
+        first, second = (name(*pair) for pair in pairs)
+        if first != second:
+            return [first, second]
+    return [f'{first} (1)', f'{first} (2)']
+
+
 def differences(first: list, second: list) -> tuple[dict[str, float], int]:
     """Largest difference of each predicted tensor, and on how many samples shapes differ."""
     largest: dict[str, float] = {}
@@ -65,6 +107,7 @@ def differences(first: list, second: list) -> tuple[dict[str, float], int]:
     if len(first) != len(second):
         raise DyRepError(f'one config tests {len(first)} samples, the other {len(second)}')
     for one, other in zip(first, second, strict=True):
+        align(one, other)
         one, other = dict(tensors(one)), dict(tensors(other))
         if {n: t.shape for n, t in one.items()} != {n: t.shape for n, t in other.items()}:
             unlike += 1
@@ -93,9 +136,7 @@ def main() -> None:
         check_out(args.out)
         metrics, predictions = evaluate(args, args.config, args.checkpoint)
         others, other_predictions = evaluate(args, args.other_config, args.other_checkpoint)
-        table = PrettyTable(
-            ['metric', Path(args.checkpoint).name, Path(args.other_checkpoint).name]
-        )
+        table = PrettyTable(['metric', *labels(args)])
         table.align = 'r'
         table.add_rows([[name, metrics[name], others.get(name)] for name in metrics])
         largest, unlike = differences(predictions, other_predictions)
