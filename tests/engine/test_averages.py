@@ -17,7 +17,7 @@ from dyrep_mm.reparam.block import Block
 from dyrep_mm.surgery.tree import blocks_of, depth_of
 from support.checks import assert_equal_states
 from support.nets import make_net
-from support.runs import PRUNING, dyrep, runner, watch
+from support.runs import PRUNING, call_at, dyrep, runner
 
 AVERAGES = [
     {'type': 'ExponentialMovingAverage', 'momentum': 0.2},
@@ -97,7 +97,7 @@ def test_average_follows(tmp_path, monkeypatch, average, buffers):
                 assert torch.equal(mine, theirs)
 
     monkeypatch.setattr(Transaction, 'change', spy)
-    watch(run, check)
+    call_at(run, check)
     # An average by hand: what the class makes of the last average and the model.
     last = {}
 
@@ -119,8 +119,8 @@ def test_average_follows(tmp_path, monkeypatch, average, buffers):
             torch.testing.assert_close(tensor, expected, rtol=0, atol=0, msg=name)
         average.steps += 1
 
-    watch(run, remember, 'after_train_iter', 'ABOVE_NORMAL')  # after DyRep, before EMA
-    watch(run, expect)
+    call_at(run, remember, 'after_train_iter', 'ABOVE_NORMAL')  # after DyRep, before EMA
+    call_at(run, expect)
     run.train()
     assert len(jumps) == 4
     assert max(jumps) < 1e-5
@@ -135,7 +135,7 @@ def test_average_before_it_starts(tmp_path, buffers):
     hook = {'type': 'EMAHook', 'momentum': 0.1, 'begin_iter': 5, 'update_buffers': buffers}
     run = runner(tmp_path, [PRUNING, hook], iters=8)
     equal = []
-    watch(
+    call_at(
         run,
         lambda run: equal.append(
             all(
@@ -160,7 +160,7 @@ def test_static_structure_of_a_nested_kind(tmp_path):
     }
     hook = {'type': 'dyrep_mm.DyRepHook', 'interval': None, 'structure': structure}
     run = runner(tmp_path, [hook, {'type': 'EMAHook'}], iters=3)
-    watch(
+    call_at(
         run,
         lambda run: torch.testing.assert_close(
             function_of(averaged(run).module), function_of(run.model), rtol=1e-5, atol=1e-6
@@ -194,9 +194,9 @@ def test_swaps_and_saves(tmp_path, buffers):
         torch.testing.assert_close(function_of(averaged(run).module), average, rtol=0, atol=0)
         assert not torch.equal(average, own)
 
-    watch(run, before, 'before_val_epoch', 'VERY_HIGH')
-    watch(run, during, 'before_val_epoch', 'LOWEST')
-    watch(run, after, 'after_val_epoch', 'LOWEST')
+    call_at(run, before, 'before_val_epoch', 'VERY_HIGH')
+    call_at(run, during, 'before_val_epoch', 'LOWEST')
+    call_at(run, after, 'after_val_epoch', 'LOWEST')
     run.train()
     assert len(seen) == 2
     saved = load_checkpoint(tmp_path / 'iter_8.pth')
@@ -286,10 +286,10 @@ def test_validation_merges_once_and_sees_the_average(tmp_path, monkeypatch, buff
             assert torch.equal(run.model(images()), run.state['before'])
 
     for phase in ('val', 'test'):
-        watch(run, start, f'before_{phase}_epoch', 'VERY_HIGH')
-        watch(run, swapped, f'before_{phase}_epoch', 'LOWEST')
-        watch(run, inside, f'after_{phase}_iter')
-        watch(run, end, f'after_{phase}_epoch', 'LOWEST')
+        call_at(run, start, f'before_{phase}_epoch', 'VERY_HIGH')
+        call_at(run, swapped, f'before_{phase}_epoch', 'LOWEST')
+        call_at(run, inside, f'after_{phase}_iter')
+        call_at(run, end, f'after_{phase}_epoch', 'LOWEST')
     run.train()
     assert blocks_of(run.model)
     run.test()

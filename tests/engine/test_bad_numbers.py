@@ -22,7 +22,7 @@ from dyrep_mm.surgery.rewire import grow, prune
 from dyrep_mm.surgery.tree import blocks_of
 from support.checks import assert_same
 from support.nets import image, make_net, output_of
-from support.runs import FAST, PRUNING, dyrep, runner, watch
+from support.runs import FAST, PRUNING, call_at, dyrep, runner
 
 NAN, INF = float('nan'), float('inf')
 BAD = pytest.mark.parametrize('bad', [NAN, INF, -INF])
@@ -68,7 +68,7 @@ def test_iterations_with_a_bad_gradient_count_nothing(tmp_path, metric, bad):
     def count(run):
         counts.append(dyrep(run).rule.score.counts.max().item())
 
-    watch(run, count, 'after_train_iter', 'VERY_HIGH')
+    call_at(run, count, 'after_train_iter', 'VERY_HIGH')
     run.train()
     assert counts == [1, 1, 1, 2, 1]  # of the second iteration there is none
     for entry in dyrep(run).journal:
@@ -140,7 +140,7 @@ def test_a_bad_loss_once_in_a_while(tmp_path, bad):
     run = runner(tmp_path, [{**PRUNING, 'interval': 4}], iters=11, optim_wrapper=wrapper)
     said = spoil_loss(run, bad, 2, 5, 8)
     counts = []
-    watch(
+    call_at(
         run,
         lambda run: counts.append(dyrep(run).rule.score.counts.max().item()),
         'after_train_iter',
@@ -332,7 +332,7 @@ def test_bad_activations_leave_the_conv_plain(tmp_path, bad):
         if run.iter == 1:
             run.model.backbone.bn1.bias.data[0] = bad
 
-    watch(run, spoil, 'after_train_iter', 'VERY_HIGH')
+    call_at(run, spoil, 'after_train_iter', 'VERY_HIGH')
     run.train()
     assert blocks_of(run.model) == {}
     assert all('not finite' in reason for reason in left_alone(run.model).values())
@@ -352,7 +352,7 @@ def test_a_branch_that_is_not_finite_is_not_absorbed(tmp_path, bad):
             for _, block in spoilt:
                 block.branches['1x1'].bn.weight.data[0] = bad
 
-    watch(run, spoil, 'after_train_iter', 'VERY_HIGH')
+    call_at(run, spoil, 'after_train_iter', 'VERY_HIGH')
     seen = []
 
     def look(run):
@@ -360,7 +360,7 @@ def test_a_branch_that_is_not_finite_is_not_absorbed(tmp_path, bad):
             seen.extend(block.origin.weight.isfinite().all().item() for _, block in spoilt)
             seen.append(dict(blocks_of(run.model)) == dict(spoilt))
 
-    watch(run, look)
+    call_at(run, look)
     run.train()
     assert seen == [True, True]
     assert not dyrep(run).journal[-1].pruned

@@ -26,11 +26,11 @@ from support.runs import (
     Images,
     TinyBackbone,
     TinyClassifier,
+    call_at,
     dyrep,
     resnet_config,
     runner,
     settings,
-    watch,
 )
 
 ALL_AT_ONCE = {**FAST, 'interval': 1, 'metric': 'random', 'grow_per_update': 99, 'prune': False}
@@ -186,8 +186,8 @@ def test_a_conv_that_cannot_grow_is_named_and_never_offered_again(tmp_path, use,
     def note(run):
         outputs.append(output_of(run.model, x))
 
-    watch(run, note, 'after_train_iter', 'VERY_HIGH')
-    watch(run, note)
+    call_at(run, note, 'after_train_iter', 'VERY_HIGH')
+    call_at(run, note)
     conv = run.model.backbone.conv2
     run.train()
     lines = [line for line in log.lines if LEFT in line]

@@ -16,7 +16,7 @@ from dyrep_mm.surgery.structure import MAX_DEPTH, structure_of
 from dyrep_mm.surgery.tree import blocks_of
 from support.checks import assert_equal_states
 from support.processes import run_tool
-from support.runs import FAST, PRUNING, TinyClassifier, runner, updates, watch
+from support.runs import FAST, PRUNING, TinyClassifier, call_at, runner, updates
 
 # What other parts of mmengine do with checkpoints
 
@@ -29,7 +29,7 @@ def test_best_checkpoint_and_validation(tmp_path):
         default_hooks={'checkpoint': checkpoint},
     )  # fmt: skip
     scores = {}
-    watch(
+    call_at(
         run,
         lambda run: scores.update(
             {run.epoch: run.message_hub.get_scalar('val/fingerprint').current()}

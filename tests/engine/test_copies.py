@@ -19,7 +19,15 @@ from dyrep_mm.reparam.block import Block
 from dyrep_mm.surgery.optimizer import check_optimizer
 from dyrep_mm.surgery.tree import get_module
 from support.checks import assert_equal_data, assert_same_run
-from support.runs import PRUNING, TinyBackbone, TinyClassifier, dyrep, resnet_config, runner, watch
+from support.runs import (
+    PRUNING,
+    TinyBackbone,
+    TinyClassifier,
+    call_at,
+    dyrep,
+    resnet_config,
+    runner,
+)
 
 # mmpretrain's
 
@@ -87,7 +95,7 @@ def self_supervised(work_dir, kind, hooks, **more) -> Runner:
     }  # fmt: skip
     run = Runner.from_cfg(config)
     # MoCo shuffles batches; mmengine does not save the random streams.
-    watch(run, lambda run: torch.manual_seed(run.iter), 'before_train_iter')
+    call_at(run, lambda run: torch.manual_seed(run.iter), 'before_train_iter')
     return run
 
 
@@ -162,9 +170,9 @@ def test_copies_of_mmpretrain_follow(tmp_path, monkeypatch, kind, average):
             target.avg_func(expected, source[n], momentum)
             torch.testing.assert_close(p, expected, rtol=0, atol=0, msg=n)
 
-    watch(run, expect, 'after_train_iter', 'VERY_HIGH')
-    watch(run, note, 'after_train_iter', 'VERY_HIGH')
-    watch(run, check)
+    call_at(run, expect, 'after_train_iter', 'VERY_HIGH')
+    call_at(run, note, 'after_train_iter', 'VERY_HIGH')
+    call_at(run, check)
     run.train()
     assert len(jumps) == 7
     assert max(jumps) < 1e-4
@@ -293,8 +301,8 @@ def test_copies_made_by_hand_follow(tmp_path, how, batches):
         jumps.append(((after - before[0]).abs().max() / before[0].abs().max()).item())
         assert_follows(run, PLACES[how], 'encoder')
 
-    watch(run, note, 'after_train_iter', 'VERY_HIGH')
-    watch(run, check)
+    call_at(run, note, 'after_train_iter', 'VERY_HIGH')
+    call_at(run, check)
     run.train()
     assert max(jumps) < 1e-4
     assert len(jumps) == 9

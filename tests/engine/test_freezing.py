@@ -13,7 +13,7 @@ from dyrep_mm.surgery.optimizer import check_optimizer
 from dyrep_mm.surgery.structure import structure_of
 from dyrep_mm.surgery.tree import blocks_of
 from support.checks import assert_same_run
-from support.runs import FAST, PRUNING, TinyClassifier, dyrep, runner, watch
+from support.runs import FAST, PRUNING, TinyClassifier, call_at, dyrep, runner
 
 LEFT_OUT = ('backbone.conv1.', 'backbone.bn1.')
 
@@ -101,8 +101,8 @@ def test_what_the_optimizer_leaves_out_stays(tmp_path, hook, momentum):
     run = runner(tmp_path / 'a', [hook], **settings)
     start = {}
     # A structure to start from takes the branches' kernels out of the conv.
-    watch(run, lambda run: start.update(values(run.model)), 'before_train', 'LOWEST')
-    watch(run, lambda run: check_optimizer(run.optim_wrapper.optimizer, run.model))
+    call_at(run, lambda run: start.update(values(run.model)), 'before_train', 'LOWEST')
+    call_at(run, lambda run: check_optimizer(run.optim_wrapper.optimizer, run.model))
     run.train()
     assert structure_of(run.model)
     still = {n for n in start if n.startswith(LEFT_OUT)}
@@ -133,8 +133,8 @@ def test_branches_train_once_the_conv_is_freed(tmp_path, interval, remembered):
         tmp_path, [hook, {'type': 'Freeing', 'remembered': remembered}], iters=8, model=FROZEN
     )
     history = []
-    watch(run, lambda run: history.append(values(run.model)))
-    watch(run, lambda run: check_optimizer(run.optim_wrapper.optimizer, run.model))
+    call_at(run, lambda run: history.append(values(run.model)))
+    call_at(run, lambda run: check_optimizer(run.optim_wrapper.optimizer, run.model))
     run.train()
     names = [n for n in history[0] if '.branches.' in n and '.kxk.' not in n]
     assert len(names) == 11
@@ -170,12 +170,12 @@ def test_resume_where_other_parameters_are_frozen(tmp_path, kind, model, freeing
         if run.iter == 4:
             states.update(state_by_name(run))
 
-    watch(run, note)
+    call_at(run, note)
     run.train()
     file = str(tmp_path / 'a' / 'iter_5.pth')
     resumed = runner(tmp_path / 'b', hooks, **settings, model=again, load_from=file, resume=True)
     loaded = {}
-    watch(resumed, lambda run: loaded.update(state_by_name(run)), 'before_train', 'LOWEST')
+    call_at(resumed, lambda run: loaded.update(state_by_name(run)), 'before_train', 'LOWEST')
     resumed.train()
     assert len(states) > 20
     assert loaded.keys() == states.keys()
@@ -200,7 +200,7 @@ def state_by_name(run):
 def test_a_backbone_that_is_freed_later_grows(tmp_path, metric, remembered):
     hooks = [{**FAST, 'metric': metric}, {'type': 'Freeing', 'remembered': remembered}]
     run = runner(tmp_path, hooks, iters=11, model=FROZEN)
-    watch(run, lambda run: check_optimizer(run.optim_wrapper.optimizer, run.model))
+    call_at(run, lambda run: check_optimizer(run.optim_wrapper.optimizer, run.model))
     run.train()
     journal = {entry.at: list(entry.grown) for entry in dyrep(run).journal}
     assert not journal[2]

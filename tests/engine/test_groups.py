@@ -18,7 +18,7 @@ from dyrep_mm.surgery.optimizer import check_optimizer
 from dyrep_mm.surgery.rewire import restore
 from dyrep_mm.surgery.structure import structure_of
 from support.checks import assert_same_run
-from support.runs import FAST, PRUNING, TinyClassifier, dyrep, runner, watch
+from support.runs import FAST, PRUNING, TinyClassifier, call_at, dyrep, runner
 
 #: Grows, nests, prunes, and prunes a conv without bias back to a plain one, which gains a bias.
 SCRIPT = [
@@ -52,13 +52,13 @@ def histories(tmp_path: Path, hook: dict | None = None, **settings):
     evolved = runner(tmp_path / 'evolved', [hook], iters=ITERS, every=100, **settings)
     model = settings.pop('model', {'type': 'TinyClassifier'})
     history, expected = [], []
-    watch(evolved, lambda run: history.append(options_of(run)))
-    watch(evolved, lambda run: check_optimizer(run.optim_wrapper.optimizer, run.model))
+    call_at(evolved, lambda run: history.append(options_of(run)))
+    call_at(evolved, lambda run: check_optimizer(run.optim_wrapper.optimizer, run.model))
     evolved.train()
     final = MODELS.build(model)
     restore(final, structure_of(evolved.model))
     oracle = runner(tmp_path / 'oracle', iters=ITERS, every=100, model=final, **settings)
-    watch(oracle, lambda run: expected.append(options_of(run)))
+    call_at(oracle, lambda run: expected.append(options_of(run)))
     oracle.train()
     assert len(history) == len(expected) == ITERS
     return history, expected
@@ -319,8 +319,8 @@ def test_state_survives(tmp_path, optimizer):
         # Dead parameters have no state, and new ones no past.
         assert not any(now[k].any() for k in now.keys() - set(kept))
 
-    watch(run, before, 'after_train_iter', 'VERY_HIGH')
-    watch(run, after)
+    call_at(run, before, 'after_train_iter', 'VERY_HIGH')
+    call_at(run, after)
     run.train()
     assert len(dyrep(run).journal) == 4
     assert any(seen)  # something was pruned

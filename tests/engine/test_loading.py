@@ -31,7 +31,7 @@ from dyrep_mm.surgery.rewire import restore
 from support.checks import assert_equal_states, assert_same
 from support.nets import output_of, randomise
 from support.processes import run_tool
-from support.runs import FAST, PRUNING, TinyClassifier, dyrep, runner, updates, watch
+from support.runs import FAST, PRUNING, TinyClassifier, call_at, dyrep, runner, updates
 
 KEEP = {'type': 'dyrep_mm.DyRepHook', 'interval': None}
 
@@ -94,8 +94,8 @@ def test_a_state_dict_alone_starts_a_training(tmp_path, bare, average):
         pytest.skip("mmengine's EMAHook does not know the names of DDP")
     run = runner(tmp_path, hooks, iters=3, load_from=str(file))
     seen = []
-    watch(run, lambda run: seen.append(copy.deepcopy(run.model)), 'before_train_epoch')
-    watch(run, lambda run: seen.append(copy.deepcopy(run.model)), 'before_train')
+    call_at(run, lambda run: seen.append(copy.deepcopy(run.model)), 'before_train_epoch')
+    call_at(run, lambda run: seen.append(copy.deepcopy(run.model)), 'before_train')
     run.train()
     assert structure_of(seen[0]) == structure_of(model)
     assert_equal_states(seen[0].state_dict(), model.state_dict())
@@ -239,9 +239,9 @@ def test_training_twice_from_a_structure(tmp_path):
     after = structure_of(run.model)
     assert after != start
     seen = []
-    watch(run, lambda run: seen.append(structure_of(run.model)), 'before_train')
+    call_at(run, lambda run: seen.append(structure_of(run.model)), 'before_train')
     scores = dyrep(run).rule.state_dict()
-    watch(
+    call_at(
         run,
         lambda run: seen.append(dyrep(run).rule.state_dict()['sums'].equal(scores['sums'])),
         'before_train',

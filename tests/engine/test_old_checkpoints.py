@@ -21,7 +21,7 @@ from dyrep_mm.engine.checkpoint import load_checkpoint
 from dyrep_mm.engine.converter import fuse_checkpoint
 from dyrep_mm.evolution.record import Entry
 from support.checks import assert_equal_states
-from support.runs import Images, TinyClassifier, journal, watch
+from support.runs import Images, TinyClassifier, call_at, journal
 
 # The name that their configs have for it.
 DATASETS.register_module(name='TinyImages', module=Images, force=True)
@@ -101,7 +101,7 @@ def test_resumes(tmp_path, name):
         }
         assert momentum == pytest.approx(expected['momentum'])
 
-    watch(run, check, 'before_train')
+    call_at(run, check, 'before_train')
     run.train()
     assert begun == [(saved['meta']['epoch'], saved['meta']['iter'])]
     assert run.iter == run.max_iters
@@ -133,7 +133,7 @@ def test_starts_a_new_run(tmp_path, name, config_of):
         assert structure_of(run.model) == EXPECTED[name]['structure']
         assert_equal_states(run.model.state_dict(), saved['state_dict'])
 
-    watch(run, check, 'before_train')
+    call_at(run, check, 'before_train')
     run.train()
     assert begun == [0]
     assert run.iter == run.max_iters

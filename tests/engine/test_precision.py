@@ -14,7 +14,7 @@ from mmengine.optim.optimizer import amp_optimizer_wrapper
 from dyrep_mm.surgery.optimizer import check_optimizer
 from dyrep_mm.surgery.tree import get_module
 from support.checks import assert_same_run
-from support.runs import FAST, PRUNING, dyrep, runner, watch
+from support.runs import FAST, PRUNING, call_at, dyrep, runner
 
 SGD = {'type': 'SGD', 'lr': 0.05, 'momentum': 0.9}
 OPTIMIZERS = [SGD, {**SGD, 'fused': True}, {'type': 'AdamW', 'fused': True}]
@@ -53,7 +53,7 @@ def test_the_scale_of_the_loss_does_not_matter(tmp_path, optimizer, count, clip)
     for scale in (1.0, 4096.0):
         wrapper = amp(optimizer, scale, accumulative_counts=count, clip_grad=clip)
         run = runner(tmp_path / str(scale), [PRUNING], iters=9, every=100, optim_wrapper=wrapper)
-        watch(run, lambda run: check_optimizer(run.optim_wrapper.optimizer, run.model))
+        call_at(run, lambda run: check_optimizer(run.optim_wrapper.optimizer, run.model))
         run.train()
         runs.append(run)
     assert len(dyrep(runs[0]).journal) == 4
@@ -95,7 +95,7 @@ def test_an_iteration_that_overflows_counts_nothing(tmp_path, optimizer, count, 
             run.train_loop._max_iters = 6
             run.train_loop.stop_training = True
 
-    watch(run, look)
+    call_at(run, look)
     run.train()
     at = 2 if count == 1 else 3  # the step that the gradients of iteration 2 belong to
     for i in range(1, 6):

@@ -11,7 +11,7 @@ from dyrep_mm.engine.checkpoint import load_checkpoint
 from dyrep_mm.surgery.structure import structure_of
 from support.checks import assert_equal_states, assert_same_run
 from support.processes import run_tool
-from support.runs import FAST, PRUNING, dyrep, journal, runner, settings, updates, watch
+from support.runs import FAST, PRUNING, call_at, dyrep, journal, runner, settings, updates
 
 
 @pytest.mark.parametrize('at', range(1, 9))
@@ -71,7 +71,7 @@ def test_resumed_from_a_plain_checkpoint(tmp_path, made, interval):
     file = made / 'plain/iter_5.pth'
     run = runner(tmp_path, [hook], iters=9, load_from=str(file), resume=True)
     seen = []
-    watch(run, lambda run: seen.append(bool(structure_of(run.model))))
+    call_at(run, lambda run: seen.append(bool(structure_of(run.model))))
     run.train()
     due = {2: [6, 8], 4: [8]}[interval]
     assert updates(tmp_path / 'iter_9.pth') == due
@@ -86,11 +86,11 @@ def test_loaded_not_resumed(tmp_path, made, file, start):
     hook = {**FAST, 'structure': start}
     run = runner(tmp_path, [hook], iters=5, load_from=str(made / file))
     seen = []
-    watch(run, lambda run: seen.append(structure_of(run.model)), 'before_train')
+    call_at(run, lambda run: seen.append(structure_of(run.model)), 'before_train')
     weights = load_checkpoint(made / file)
     structure = weights['meta'].get('dyrep_mm', {}).get('structure')
     if structure is not None:
-        watch(
+        call_at(
             run,
             lambda run: assert_equal_states(run.model.state_dict(), weights['state_dict']),
             'before_train',
@@ -120,7 +120,7 @@ def test_other_metric_or_scope_drops_the_scores(tmp_path, made):
 def test_no_update_after_the_end(tmp_path, end, expected):
     run = runner(tmp_path, [{**PRUNING, 'end': end}], iters=9)
     gathered = []
-    watch(run, lambda run: gathered.append(dyrep(run).rule.score.counts.max().item()))
+    call_at(run, lambda run: gathered.append(dyrep(run).rule.score.counts.max().item()))
     run.train()
     assert updates(tmp_path / 'iter_9.pth') == expected
     assert not any(gathered[end + 1 :])  # nothing is scored for no use

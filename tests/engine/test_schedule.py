@@ -10,7 +10,7 @@ import pytest
 from dyrep_mm.engine.transaction import Transaction
 from dyrep_mm.errors import DyRepError
 from support.checks import assert_same_run
-from support.runs import FAST, PRUNING, dyrep, runner, settings, updates, watch
+from support.runs import FAST, PRUNING, call_at, dyrep, runner, settings, updates
 
 IDLE = {**FAST, 'interval': 1, 'grow_per_update': 0, 'prune': False}
 
@@ -110,7 +110,7 @@ def test_resumed_with_an_update_that_waits(tmp_path, epoch):
         if run.epoch + 1 == epoch:
             run.optim_wrapper.zero_grad()
 
-    watch(whole, forget, 'after_train_epoch')
+    call_at(whole, forget, 'after_train_epoch')
     iterations = when(whole)
     whole.train()
     file = str(tmp_path / f'whole/epoch_{epoch}.pth')
@@ -135,7 +135,7 @@ def test_nothing_changes_or_is_scored_after_the_end(tmp_path, end, expected):
         optim_wrapper=wrapper(2),
     )
     counts = []
-    watch(run, lambda run: counts.append(dyrep(run).rule.score.counts.max().item()))
+    call_at(run, lambda run: counts.append(dyrep(run).rule.score.counts.max().item()))
     run.train()
     assert updates(tmp_path / 'epoch_6.pth', 'epoch') == expected
     assert len(set(counts[3 * end :])) == 1
@@ -200,7 +200,7 @@ def said_at_the_start(tmp_path, hook: dict, **more) -> list[str]:
 
     run = runner(tmp_path, [hook], **more)
     said = listen(run)
-    watch(run, stop, 'before_train_iter')
+    call_at(run, stop, 'before_train_iter')
     with pytest.raises(Stop):
         run.train()
     return said
@@ -267,7 +267,7 @@ def test_updates_that_take_more_than_a_tenth_of_the_time(
         hook['grow_per_update'] = int(growing)
         run = runner(tmp_path / str(growing), [hook], every=100, **unit)
         said = listen(run)
-        watch(run, lambda run: pass_time(1.0), 'before_train_iter')
+        call_at(run, lambda run: pass_time(1.0), 'before_train_iter')
         run.train()
         assert len(dyrep(run).journal) > 2
         assert len(said) == (growing and advice is not None)  # once

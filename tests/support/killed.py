@@ -15,7 +15,7 @@ from pathlib import Path
 from mmengine.fileio import LocalBackend
 
 from dyrep_mm.engine.transaction import Transaction
-from support.runs import PRUNING, runner, watch
+from support.runs import PRUNING, call_at, runner
 
 PIECES = 8
 #: What a run of each kind is made of.
@@ -89,7 +89,7 @@ def main() -> None:
     hooks = [hook, {'type': 'EMAHook', 'momentum': 0.1}]
     run = runner(work_dir, hooks, **KINDS[kind], resume=True)
     print('ready', flush=True)
-    watch(run, lambda run: print('iteration', run.iter, flush=True))
+    call_at(run, lambda run: print('iteration', run.iter, flush=True))
     change, changes = Transaction.change, []
 
     def change_slowly(*args):

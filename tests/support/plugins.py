@@ -20,7 +20,7 @@ from dyrep_mm.reparam.branches import Branch, kernel_of
 from dyrep_mm.surgery.candidates import candidates
 from dyrep_mm.surgery.structure import Plan
 from dyrep_mm.surgery.tree import blocks_of
-from support.runs import runner, watch
+from support.runs import call_at, runner
 
 ITERS = 9
 
@@ -111,7 +111,7 @@ def run(work_dir: str, kind: str, kill_at: int | None = None) -> None:
         if runner.iter + 1 == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    watch(made, kill)
+    call_at(made, kill)
     made.train()
 
 

@@ -23,7 +23,7 @@ from dyrep_mm.engine.runner import unwrap
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.surgery.candidates import left_alone
 from dyrep_mm.surgery.optimizer import check_optimizer
-from support.runs import PRUNING, TinyBackbone, TinyClassifier, dyrep, runner, watch
+from support.runs import PRUNING, TinyBackbone, TinyClassifier, call_at, dyrep, runner
 
 WRAPPER = {
     'type': 'MMDistributedDataParallel',
@@ -83,7 +83,7 @@ def train(folder: Path, hooks: list[dict] | None = None, **more) -> dict:
         )
 
     run.register_hook(Inputs(report['inputs']), 'LOWEST')
-    watch(run, look)
+    call_at(run, look)
     report['call'] = lambda: run.train()
     report['run'] = run
     return report
@@ -149,9 +149,9 @@ def case_wrapper(folder: Path, rank: int) -> dict:
     more = {'gradient_as_bucket_view': True, 'bucket_cap_mb': 1, 'detect_anomalous_params': True}
     report = train(folder, model_wrapper_cfg={**WRAPPER, **more})
     run = report['run']
-    watch(run, lambda run: run.model.register_comm_hook(None, communicate), 'before_train')
+    call_at(run, lambda run: run.model.register_comm_hook(None, communicate), 'before_train')
     parameters: list[int] = []
-    watch(run, lambda run: parameters.append(len(list(run.model.parameters()))))
+    call_at(run, lambda run: parameters.append(len(list(run.model.parameters()))))
     report = finish(report)
     report['communicated'] = calls
     report['parameters'] = parameters

@@ -318,7 +318,7 @@ class At(Hook):
         setattr(self, moment, lambda runner, *_args, **_kwargs: call(runner))
 
 
-def watch(run: Runner, call: Callable[[Runner], Any], *moment: str) -> None:
+def call_at(run: Runner, call: Callable[[Runner], Any], *moment: str) -> None:
     """Call a function at a moment of the run."""
     hook = At(call, *moment)
     run.register_hook(hook, hook.priority)
