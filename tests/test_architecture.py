@@ -73,6 +73,13 @@ def test_every_file_has_a_place():
     assert set(MODULES) == set(ORDER)
 
 
+@pytest.mark.parametrize('folder', ['reparam', 'surgery', 'evolution', 'engine'])
+def test_contributing_shows_this_map(folder):
+    lines = (PACKAGE.parent / 'CONTRIBUTING.md').read_text().splitlines()
+    (row,) = (line for line in lines if line.startswith(f'| `dyrep_mm/{folder}/` |'))
+    assert row.split('|')[-2].split() == [f'`{file}`' for file in MAP[folder]]
+
+
 @pytest.mark.parametrize('module', MODULES)
 def test_imports_point_to_what_stands_before(module):
     assert own(file_of(module)) <= set(ORDER[: ORDER.index(module)])
