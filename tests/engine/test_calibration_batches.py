@@ -39,15 +39,6 @@ ALL_AT_ONCE = {**FAST, 'interval': 1, 'metric': 'random', 'grow_per_update': 99,
 # Models whose training forward is not one image through the backbone.
 
 
-@DATASETS.register_module(force=True)
-class Views(Images):
-    """Two views of each image."""
-
-    def __getitem__(self, index):
-        item = super().__getitem__(index)
-        return {**item, 'inputs': [item['inputs'], item['inputs'].flip(-1)]}
-
-
 def simsiam():
     neck = {'type': 'NonLinearNeck', 'in_channels': 64, 'hid_channels': 16, 'out_channels': 16}
     predictor = {**neck, 'in_channels': 16, 'with_avg_pool': False}

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.model import ExponentialMovingAverage
-from mmengine.registry import DATASETS, MODELS
+from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -30,21 +30,6 @@ from support.runs import (
 )
 
 # mmpretrain's
-
-
-@DATASETS.register_module(force=True)
-class Views(torch.utils.data.Dataset):
-    """Two views of an image, as mmpretrain's MultiView gives them."""
-
-    def __len__(self):
-        return 16
-
-    def __getitem__(self, index):
-        from mmpretrain.structures import DataSample
-
-        generator = torch.Generator().manual_seed(index)
-        views = [torch.rand(3, 32, 32, generator=generator) * 255 for _ in range(2)]
-        return {'inputs': views, 'data_samples': DataSample()}
 
 
 NECK = {
@@ -87,7 +72,7 @@ def self_supervised(work_dir, kind, hooks, **more) -> Runner:
         'data_preprocessor': processor,
         **KINDS[kind],
     }
-    config['train_dataloader']['dataset'] = {'type': 'Views'}
+    config['train_dataloader']['dataset'] = {'type': 'Views', 'packed': True, 'size': 32}
     config['train_dataloader']['collate_fn'] = {'type': 'default_collate'}
     config['custom_hooks'] = hooks
     config['default_hooks']['checkpoint'] = {

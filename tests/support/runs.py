@@ -67,6 +67,15 @@ class Images(Dataset):
         return {'inputs': image, 'data_samples': DataSample().set_gt_label(label)}
 
 
+@DATASETS.register_module(force=True)
+class Views(Images):
+    """Two views of each image, as mmpretrain's ``MultiView`` gives them."""
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        return {**item, 'inputs': [item['inputs'], item['inputs'].flip(-1)]}
+
+
 @MODELS.register_module(force=True)
 class TinyBackbone(BaseModule):
     """Four convs of different geometry, each with its norm."""
