@@ -84,7 +84,7 @@ def self_supervised(work_dir, kind, hooks, **more) -> Runner:
     return run
 
 
-HOOK = {**PRUNING, 'metric': 'snip', 'calibration_batches': 0}
+HOOK = {**PRUNING, 'metric': 'snip', 'calibration_batches': 2}
 
 
 @torch.no_grad()
