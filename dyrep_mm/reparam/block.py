@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
 from dyrep_mm.errors import DyRepError
@@ -391,8 +392,16 @@ def kernels_kept(model: nn.Module) -> Iterator[None]:
     before = [block._keeps_kernel for block in blocks]
     for block in blocks:
         block._keep_kernel(True)
+
+    def drop(*_: Any) -> None:
+        for block in blocks:
+            block._kept = None
+
+    # A fused optimizer leaves the versions of tensors as they were.
+    handle = register_optimizer_step_post_hook(drop)
     try:
         yield
     finally:
+        handle.remove()
         for block, keep in zip(blocks, before, strict=True):
             block._keep_kernel(keep)

@@ -305,8 +305,16 @@ def step(block):
     optimizer.step()
 
 
-def fused_step(block):
+def foreach_step(block):
     optimizer = torch.optim.AdamW(block.parameters(), 0.1, foreach=True)
+    with torch.enable_grad():
+        block(image(2, 4, 8, 8)).square().mean().backward()
+    optimizer.step()
+
+
+def fused_step(block):
+    """It leaves the versions of tensors as they were."""
+    optimizer = torch.optim.SGD(block.parameters(), 0.1, fused=True)
     with torch.enable_grad():
         block(image(2, 4, 8, 8)).square().mean().backward()
     optimizer.step()
@@ -385,6 +393,7 @@ NOTICED = [
     load,
     load_assigned,
     step,
+    foreach_step,
     fused_step,
     train_a_little,
     frozen_statistics,
