@@ -25,7 +25,7 @@ MAP = {
     'mmengine': ['registry', 'backbones'],
     'engine': [
         *('checkpoint', 'runner', 'batches', 'transaction', 'pretrained'),
-        *('start', 'options', 'losses', 'schedule', 'hook', 'passes', 'converter'),
+        *('start', 'options', 'losses', 'schedule', 'times', 'hook', 'passes', 'converter'),
     ],
 }
 ORDER = [

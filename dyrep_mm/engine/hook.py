@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -41,8 +42,9 @@ from dyrep_mm.engine.runner import (
     refuse_unsupported,
     unwrap,
 )
-from dyrep_mm.engine.schedule import LEFT_OUT, Schedule, UpdateCost
+from dyrep_mm.engine.schedule import LEFT_OUT, Schedule, UpdateCost, iterations_per_epoch
 from dyrep_mm.engine.start import Reception, check_that_something_can_change, start_from
+from dyrep_mm.engine.times import StepTimes
 from dyrep_mm.engine.transaction import Transaction
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.evolution.record import Entry, Record
@@ -54,7 +56,7 @@ from dyrep_mm.surgery.candidates import (
     left_alone,
 )
 from dyrep_mm.surgery.copies import Copies, find_copies, own_part
-from dyrep_mm.surgery.cost import SizeWatch, multiply_adds
+from dyrep_mm.surgery.cost import SizeWatch, cost_of, plain_cost_of
 from dyrep_mm.surgery.rewire import INIT_SCALE
 from dyrep_mm.surgery.structure import (
     MAX_DEPTH,
@@ -148,6 +150,7 @@ class DyRepHook(Hook):
         self._started = False
         self._reception = Reception()
         self._record = Record()
+        self._steps = StepTimes(self._record.timing)
         self._transaction: Transaction | None = None
         self._sizes: SizeWatch | None = None
         self._cost: UpdateCost | None = None
@@ -236,7 +239,9 @@ class DyRepHook(Hook):
             runner.logger.info(f'DyRep: starts with {len(blocks_of(model))} blocks')
         self._started = True
         self._handles = [model.register_forward_pre_hook(lambda *_: transaction.freezes.follow())]
+        self._steps = StepTimes(self._record.timing)
         if self.schedule.interval is None:
+            self._watch_costs(model)
             return
         trouble = check_that_something_can_change(model, self.scope, self.max_depth, self.branches)
         self._warn(runner, trouble)
@@ -247,12 +252,14 @@ class DyRepHook(Hook):
                 'DyRep: the checkpoint scored other operations or by another metric; the '
                 'interval starts without its scores'
             )
-        if self._record.sizes is None:
-            self._sizes = SizeWatch(model)
+        self._watch_costs(model)
         self._cost = UpdateCost(runner, self.schedule, self.calibration_batches)
         self._warn(runner, self._cost.foresee())
         on_step = partial(self._on_step, runner)
         self._handles.append(optimizer_of(runner).register_step_pre_hook(on_step))
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        self._steps.begin()
 
     def after_train_iter(
         self,
@@ -261,12 +268,15 @@ class DyRepHook(Hook):
         data_batch: Any = None,
         outputs: dict | None = None,
     ) -> None:
+        self._steps.end()
+        self._record.iteration = runner.iter + 1
         self._look_at_loss(runner, outputs)
         if self._cost is not None:
             self._cost.trained += 1
         if self._sizes is not None:
             self._record.sizes = from_rank_0(self._sizes.finish())
             self._sizes = None
+            self._know_costs(unwrap(runner.model))
         if not can_draw(runner):
             self._transaction_of(runner).last_batch = data_batch
         if not self.schedule.by_epoch:
@@ -299,10 +309,13 @@ class DyRepHook(Hook):
         self._record.structure = structure_of(unwrap(runner.model))
         self._record.left_alone = left_alone(unwrap(runner.model))
         self._record.scores = self.rule.state_dict()
+        self._record.timing = self._steps.timing(self._record.is_plain)
         self._record.to_checkpoint(checkpoint)
 
     def after_train(self, runner: Runner) -> None:
         self._record.scores = self.rule.state_dict()  # where another train() goes on
+        self._record.timing = self._steps.timing(self._record.is_plain)
+        runner.logger.info(f'DyRep: {self._record.summary()}')
         self._stop_watching()
         if self._looks_at_loss(runner):
             self._losses.tell(runner.logger)
@@ -375,6 +388,8 @@ class DyRepHook(Hook):
         """One update of Algorithm 1 (lines 6 to 11), behind an optimizer step, the same on every
         rank."""
         record, transaction = self._record, self._transaction_of(runner)
+        begin = time.perf_counter()
+        before = self._steps.close(record.is_plain)
         record.updates += 1
         generator = make_generator(self.seed, record.updates, 'scores')
         plan = from_rank_0(self.rule.decide(transaction.model, generator))
@@ -383,13 +398,16 @@ class DyRepHook(Hook):
             record.warned = True
             runner.logger.warning(f'DyRep: {plan.remark}')
         plan = transaction.change(plan, self.seed, record.updates)
-        record.journal.append(self._entry(plan, transaction.model, self.schedule.now(runner)))
-        runner.logger.info(f'DyRep {record.journal[-1].summary()}')
+        entry = self._entry(plan, transaction.model, self.schedule.now(runner))
+        seen = record.iteration / per_epoch if (per_epoch := iterations_per_epoch(runner)) else None
+        entry = replace(entry, epoch=seen, timing=self._steps.updated(time.perf_counter() - begin))
+        record.journal.append(entry)
+        runner.logger.info(f'DyRep {entry.summary(record.plain, before.plain_step)}')
         self.rule.watch(transaction.model)
         return plan
 
     def _entry(self, plan: Plan, model: nn.Module, now: int) -> Entry:
-        blocks, sizes = blocks_of(model).values(), self._record.sizes
+        blocks, cost = blocks_of(model).values(), cost_of(model, self._record.sizes)
         return Entry(
             update=self._record.updates,
             unit=self.schedule.unit,
@@ -400,6 +418,19 @@ class DyRepHook(Hook):
             importances=plan.importances,
             blocks=len(blocks),
             branches=sum(len(block.added) for block in blocks),
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-            multiply_adds=None if sizes is None else multiply_adds(model, sizes),
+            parameters=cost.parameters,
+            multiply_adds=cost.multiply_adds,
+            reasons=plan.reasons,
+            iteration=self._record.iteration,
+            average_parameters=self._record.average('parameters'),
+            average_multiply_adds=self._record.average('multiply_adds'),
         )
+
+    def _watch_costs(self, model: nn.Module) -> None:
+        if self._record.sizes is None:
+            self._sizes = SizeWatch(model)
+        self._know_costs(model)
+
+    def _know_costs(self, model: nn.Module) -> None:
+        sizes = self._record.sizes
+        self._record.know_costs(cost_of(model, sizes), plain_cost_of(model, sizes))

@@ -184,4 +184,15 @@ def make_plan(
         scores=dict(scores),
         importances={path: dict(values) for path, values in importances.items()},
         remark=remark,
+        reasons={path: _reason(importances[path], threshold) for path in prune if survives(path)},
     )
+
+
+def _reason(importances: Mapping[str, float], threshold: float) -> dict[str, float]:
+    """The numbers that :func:`weak_branches` decides by."""
+    values = list(importances.values())
+    return {
+        'mean': statistics.fmean(values),
+        'spread': statistics.pstdev(values),
+        'threshold': threshold,
+    }

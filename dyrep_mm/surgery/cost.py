@@ -7,15 +7,16 @@ structure is counted from it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.reparam.block import Block
+from dyrep_mm.reparam.block import Block, has_gained_bias, origin_of
 from dyrep_mm.reparam.branches import multiply_adds_of
-from dyrep_mm.surgery.tree import depth_of, get_module
+from dyrep_mm.surgery.tree import blocks_of, depth_of, get_module
 
 #: By path of a conv, block or linear layer, its calls: how many maps for one image, their height
 #: and width in pixels; for a linear layer how many rows, 1 and 1.
@@ -80,7 +81,7 @@ def are_sizes(value: Any) -> bool:
     )
 
 
-def multiply_adds(model: nn.Module, sizes: Sizes) -> float:
+def multiply_adds(model: nn.Module, sizes: Sizes, *, plain: bool = False) -> float:
     """Multiply-adds of one forward of one image through the convs and linear layers of ``model``.
 
     Every conv of every branch is counted by itself, as in the paper's tables.
@@ -88,6 +89,7 @@ def multiply_adds(model: nn.Module, sizes: Sizes) -> float:
     Args:
         model: In any structure that grew from the one that was watched.
         sizes: From :class:`SizeWatch`. Layers that it did not see count nothing.
+        plain: Count the conv that a block grew from in the place of the block.
     """
     total = 0.0
     for path, calls in sizes.items():
@@ -95,5 +97,39 @@ def multiply_adds(model: nn.Module, sizes: Sizes) -> float:
             module = get_module(model, path)
         except DyRepError:  # from a checkpoint of another head
             continue
+        if plain:
+            module = origin_of(module)
         total += sum(n * multiply_adds_of(module, (int(h), int(w))) for n, h, w in calls)
     return total
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs in training.
+
+    Attributes:
+        parameters: How many it has.
+        multiply_adds: Of one image, see :func:`multiply_adds`; None where sizes are not known.
+    """
+
+    parameters: int
+    multiply_adds: float | None = None
+
+
+def cost_of(model: nn.Module, sizes: Sizes | None) -> Cost:
+    """The cost of ``model`` as it is."""
+    return Cost(
+        sum(parameter.numel() for parameter in model.parameters()),
+        None if sizes is None else multiply_adds(model, sizes),
+    )
+
+
+def plain_cost_of(model: nn.Module, sizes: Sizes | None) -> Cost:
+    """The cost of the plain model that ``model`` grew from."""
+    branches = [branch for block in blocks_of(model).values() for branch in block.added]
+    gained = {id(parameter) for branch in branches for parameter in branch.parameters()}
+    gained |= {id(module.bias) for module in model.modules() if has_gained_bias(module)}
+    return Cost(
+        sum(p.numel() for p in model.parameters() if id(p) not in gained),
+        None if sizes is None else multiply_adds(model, sizes, plain=True),
+    )

@@ -50,6 +50,9 @@ class Plan:
         scores: Every operation that was scored, by path.
         importances: Eq. 9 for the added branches of every block, by path of the block.
         remark: A sentence on the evidence that the user should read; None if there is none.
+        reasons: For every block that loses branches the numbers that say why, by their names: for
+            the paper's rule ``mean`` and ``spread`` of its importances, and ``threshold``, which
+            the spread is above.
     """
 
     grow: Structure = field(default_factory=dict)
@@ -57,6 +60,7 @@ class Plan:
     scores: dict[str, float] = field(default_factory=dict)
     importances: dict[str, dict[str, float]] = field(default_factory=dict)
     remark: str | None = None
+    reasons: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def structure_of(model: nn.Module) -> Structure:

@@ -230,14 +230,18 @@ def test_the_deepest_structure_works(tmp_path):
         ('counts', None, 'counts'),
         ('journal', {}, 'journal'),
         ('journal', [1], 'journal'),
+        ('plain', 3, 'plain'),
+        ('start', {'parameters': 'many'}, 'start'),
+        ('iteration', -1, 'counts'),
+        ('timing', {'steps': 'few'}, 'timing'),
     ],
 )
 def test_record_of_a_stranger(tmp_path, made, place, value, word):
     bad = load_checkpoint(made / 'iter_5.pth')
     if place == 'record':
         bad['meta']['dyrep_mm'] = value
-    elif place == 'journal':
-        bad['meta']['dyrep_mm']['journal'] = value
+    elif place in ('journal', 'plain', 'start', 'iteration', 'timing'):
+        bad['meta']['dyrep_mm'][place] = value
     elif place == 'progress':
         bad['dyrep_mm'] = value
     elif place in ('sums', 'counts'):

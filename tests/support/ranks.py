@@ -23,6 +23,7 @@ from dyrep_mm.engine.runner import unwrap
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.surgery.candidates import left_alone
 from dyrep_mm.surgery.optimizer import check_optimizer
+from support.checks import without_times
 from support.runs import PRUNING, TinyBackbone, TinyClassifier, call_at, dyrep, runner
 
 WRAPPER = {
@@ -92,7 +93,7 @@ def train(folder: Path, hooks: list[dict] | None = None, **more) -> dict:
 def finish(report: dict) -> dict:
     report.pop('call')()
     journal = dyrep(report.pop('run')).journal
-    return {**report, 'journal': [asdict(entry) for entry in journal]}
+    return {**report, 'journal': without_times([asdict(entry) for entry in journal])}
 
 
 def case_average(folder: Path, rank: int) -> dict:
