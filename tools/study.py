@@ -10,6 +10,7 @@ command is given again.
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import threading
@@ -21,13 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _cli import check_out, sentence
-from mmengine.config import Config
+from _cli import sentence
+from prettytable import PrettyTable, TableStyle
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dyrep_mm.engine.converter import read_config
 from dyrep_mm.errors import DyRepError
+from dyrep_mm.report.data import Run, best_of, read_run, share_plain_costs
+from dyrep_mm.report.logs import read_log
 
 TRAIN = Path(__file__).with_name('train.py')
 
@@ -52,17 +55,12 @@ class Cell:
         """The part of its training that is over, by what its logger has written so far."""
         if self.is_done:
             return 1.0
-        scalars = sorted(self.folder.glob('*/vis_data/scalars.json'))
-        config = next(self.folder.glob('*/vis_data/config.py'), None)
-        if not scalars or config is None:
-            return 0.0
-        train = Config.fromfile(config).train_cfg
-        # The last line may be in the middle of being written.
-        lines = [line for line in scalars[-1].read_text().splitlines() if line.endswith('}')]
-        last = json.loads(lines[-1]) if lines else {}
-        if 'max_epochs' in train:
-            return min(last.get('epoch', last.get('step', 0)) / train.max_epochs, 1.0)
-        return min(last.get('iter', last.get('step', 0)) / train.max_iters, 1.0)
+        log = read_log(self.folder)
+        loop = log.config.get('train_cfg') or {}
+        iterations, epochs, _ = log.steps[-1] if log.steps else (0, None, {})
+        if loop.get('max_epochs'):
+            return min(((epochs or 1) - 1) / loop['max_epochs'], 1.0)
+        return min(iterations / loop.get('max_iters', float('inf')), 1.0)
 
 
 class Study:
@@ -153,3 +151,169 @@ def _watched(cells: list[Cell]) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
+
+
+def row_of(cell: Cell, run: Run, metric: str) -> dict[str, Any]:
+    """A finished cell as a line of JSON.
+
+    Its metric is the one of the last validation: the best one of many would be chosen on the data
+    that it is reported on.
+    """
+    points = run.metrics[metric]
+    last = max((time for time, _ in run.loss), default=0)
+    losses = [loss for time, loss in run.loss if time > 0.95 * last]
+    return {
+        'config': cell.config.stem,
+        'seed': cell.seed,
+        'metric': metric,
+        'value': points[-1][1],
+        'best': best_of(points, metric)[1],
+        'loss': statistics.fmean(losses) if losses else None,
+        'parameters': run.averages.get('parameters'),
+        'multiply_adds': run.averages.get('multiply_adds'),
+        'final_parameters': final_of(run, 'parameters'),
+        'final_multiply_adds': final_of(run, 'multiply_adds'),
+        'hours': run.hours,
+        'structure': run.structure,
+    }
+
+
+def final_of(run: Run, name: str) -> float | None:
+    """``parameters`` or ``multiply_adds`` at the end of a run."""
+    if run.journal:
+        return getattr(run.journal[-1], name)
+    return run.first.get(name, run.plain.get(name))
+
+
+def read_rows(cells: list[Cell], metric: str | None) -> list[dict[str, Any]]:
+    """The rows of all cells that are done.
+
+    Raises:
+        DyRepError: a run has no such metric.
+    """
+    done = [cell for cell in cells if cell.is_done]
+    runs = [read_run(str(cell.folder)) for cell in done]
+    share_plain_costs(runs)
+    rows = []
+    for cell, run in zip(done, runs, strict=True):
+        name = run.main_metric(metric)
+        if name is None or (metric is not None and name != metric):
+            raise DyRepError(
+                f'{cell.name} has no metric {metric or ""}: {", ".join(run.metrics) or "none"}'
+            )
+        rows.append(row_of(cell, run, name))
+    return rows
+
+
+def interval(differences: list[float]) -> tuple[float, float] | None:
+    """Mean of paired differences, and half the width of its 95% interval (Student's t); None for
+    fewer than two pairs."""
+    if len(differences) < 2:
+        return None
+    from scipy.stats import t  # mmdet brings it
+
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    return statistics.fmean(differences), float(t.ppf(0.975, len(differences) - 1)) * error
+
+
+def summary(rows: list[dict[str, Any]], configs: list[str]) -> PrettyTable:
+    """One line for each config; the first is what the others are compared with, seed by seed."""
+    by_cell = {(row['config'], row['seed']): row for row in rows}
+    table = PrettyTable(
+        [
+            *('config', 'seeds', rows[0]['metric'] if rows else 'metric', 'difference'),
+            *('loss', 'average G multiply-adds', 'final', 'average M parameters', 'final ', 'time'),
+        ]
+    )
+    table.align, table.align['config'] = 'r', 'l'
+    for config in configs:
+        own = [row for row in rows if row['config'] == config]
+        pairs = [(row, by_cell[configs[0], row['seed']]) for row in own
+                 if (configs[0], row['seed']) in by_cell]  # fmt: skip
+
+        def mean(name: str, scale: float = 1.0, rows: list[dict] = own) -> str:
+            values = [row[name] / scale for row in rows if row[name] is not None]
+            return f'{statistics.fmean(values):.3g}' if values else ''
+
+        values = [row['value'] for row in own]
+        spread = f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else ''
+        found = interval([row['value'] - first['value'] for row, first in pairs])
+        times = [row['hours'] / first['hours'] for row, first in pairs if row['hours']]
+        table.add_row(
+            [
+                config,
+                len(own),
+                f'{statistics.fmean(values):.2f}{spread}' if values else '',
+                f'{found[0]:+.2f} ± {found[1]:.2f}' if found and config != configs[0] else '',
+                mean('loss'),
+                mean('multiply_adds', 1e9),
+                mean('final_multiply_adds', 1e9),
+                mean('parameters', 1e6),
+                mean('final_parameters', 1e6),
+                f'{statistics.median(times):.2f}' if times else '',
+            ]
+        )
+    return table
+
+
+def write_results(out: Path, cells: list[Cell], metric: str | None) -> PrettyTable:
+    """Write ``study.jsonl`` and ``summary.md``; returns the table."""
+    rows = read_rows(cells, metric)
+    lines = ''.join(json.dumps(row) + '\n' for row in rows)
+    (out / 'study.jsonl').write_text(lines)
+    table = summary(rows, list(dict.fromkeys(cell.config.stem for cell in cells)))
+    text = table.get_formatted_string('text')
+    table.set_style(TableStyle.MARKDOWN)
+    (out / 'summary.md').write_text(f'{table}\n')
+    print(text)
+    return table
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('configs', nargs='+', help='what to compare; the first is the measure')
+    parser.add_argument('--out', required=True, help='folder of the study')
+    parser.add_argument('--seeds', type=int, default=4, help='how many, from 0')
+    parser.add_argument('--jobs', type=int, default=os.cpu_count(), help='cells at once')
+    parser.add_argument('--metric', help='what to compare; by default the main one of the task')
+    parser.add_argument(
+        '--only-results', action='store_true', help='read what is done and run nothing'
+    )
+    parser.add_argument(
+        '--cfg-options', nargs='+', default=[], help='for every cell, as tools/train.py has them'
+    )
+    return parser.parse_args()
+
+
+def make_cells(args: argparse.Namespace) -> list[Cell]:
+    """The grid, seed by seed, so that an unfinished study has all configs side by side."""
+    if args.seeds < 1 or args.jobs < 1:
+        raise DyRepError('--seeds and --jobs are at least 1')
+    configs = [Path(config) for config in args.configs]
+    stems = [config.stem for config in configs]
+    if twice := [stem for stem in stems if stems.count(stem) > 1]:
+        raise DyRepError(f'two configs have the name {twice[0]}')
+    for config in configs:
+        read_config(str(config))
+    return [
+        Cell(config, seed, Path(args.out) / config.stem / f'seed-{seed}')
+        for seed in range(args.seeds)
+        for config in configs
+    ]
+
+
+def main() -> None:
+    args = parse_args()
+    with sentence('study'):
+        cells, out = make_cells(args), Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        failed = [] if args.only_results else Study(cells, args.cfg_options).run(args.jobs)
+        write_results(out, cells, args.metric)
+        if failed:
+            raise DyRepError('; '.join(failed))
+
+
+if __name__ == '__main__':
+    main()
