@@ -163,8 +163,8 @@ class Entry:
 
 def _compared(what: str, unit: str, size: float, now: float, **others: float | None) -> str:
     """``5.05 G multiply-adds (average 4.3, plain 4.1)``."""
-    known = [f'{name} {n / size:.3g}' for name, n in others.items() if n is not None]
-    return f'{now / size:.3g} {unit} {what}' + (f' ({", ".join(known)})' if known else '')
+    known = [f'{name} {n / size:.4g}' for name, n in others.items() if n is not None]
+    return f'{now / size:.4g} {unit} {what}' + (f' ({", ".join(known)})' if known else '')
 
 
 @dataclass(frozen=True)
