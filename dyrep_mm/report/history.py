@@ -77,9 +77,7 @@ def lives(start: Structure, journal: Sequence[Entry]) -> list[Life]:
     return sorted([*ended, *alive.values()], key=lambda life: life.born)
 
 
-def _move_up(
-    alive: dict[tuple[str, str], Life], ended: list[Life], path: str, at: int
-) -> None:
+def _move_up(alive: dict[tuple[str, str], Life], ended: list[Life], path: str, at: int) -> None:
     """A block without added branches gives its place to its ``kxk``, which may be a block."""
     if any(p == path for p, _ in alive):
         return
