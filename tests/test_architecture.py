@@ -20,7 +20,7 @@ MAP = {
         *('tree', 'structure', 'copies', 'candidates', 'usage', 'rewire', 'calibration'),
         *('optimizer', 'fuse', 'cost'),
     ],
-    'evolution': ['saliency', 'rule', 'record'],
+    'evolution': ['operations', 'saliency', 'metrics', 'gain', 'rule', 'record'],
     # For mmengine, which looks for `registry` at the top.
     'mmengine': ['registry', 'backbones'],
     'engine': [

@@ -33,12 +33,12 @@ from torchvision.models import resnet50
 
 import dyrep_mm
 from dyrep_mm.engine.converter import build_model
+from dyrep_mm.evolution.operations import operations_of
 from dyrep_mm.evolution.record import Record
 from dyrep_mm.evolution.saliency import make_score
 from dyrep_mm.surgery.candidates import candidates, preset
 from dyrep_mm.surgery.rewire import set_recompute
 from dyrep_mm.surgery.structure import structure_of
-from dyrep_mm.surgery.tree import get_module
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs/fpn_r50_dyrep_coco.py'
@@ -191,8 +191,7 @@ def scoring(shape: tuple, args: argparse.Namespace) -> dict[str, float]:
     """A step of SGD with scores gathered in it, over one without; nothing is grown."""
     model = prepare('plain', 'train', args.device)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-    weights = {path: get_module(model, path).weight for path in candidates(model)}
-    score = make_score('synflow', weights)
+    score = make_score('synflow', operations_of(model, candidates(model)))
     x = torch.randn(shape, device=args.device)
 
     def step() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -14,9 +14,14 @@ from typing import Any
 import torch
 from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import Runner
-from torch import nn
+from torch import Tensor, nn
 
-from dyrep_mm.engine.batches import batch_sampler_before, can_draw, check_batches
+from dyrep_mm.engine.batches import (
+    batch_sampler_before,
+    can_draw,
+    check_batches,
+    mean_over_losses,
+)
 from dyrep_mm.engine.channels import tell_backends
 from dyrep_mm.engine.checkpoint import (
     check_resumable,
@@ -29,6 +34,7 @@ from dyrep_mm.engine.options import (
     check_count,
     check_flag,
     check_number,
+    check_pick,
     check_prefixes,
     check_score,
     check_seed,
@@ -39,6 +45,7 @@ from dyrep_mm.engine.runner import (
     choose_resume,
     from_rank_0,
     make_generator,
+    make_seed,
     optimizer_of,
     refuse_unsupported,
     unwrap,
@@ -50,6 +57,7 @@ from dyrep_mm.engine.transaction import Transaction
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.evolution.record import Entry, Record
 from dyrep_mm.evolution.rule import DyRepRule, Rule
+from dyrep_mm.evolution.saliency import SCORES
 from dyrep_mm.registry import HOOKS
 from dyrep_mm.reparam.block import kernels_kept
 from dyrep_mm.surgery.candidates import (
@@ -83,10 +91,12 @@ class DyRepHook(Hook):
         end: No change of structure after this epoch or iteration, and no scoring (A.4).
         scope: Dotted prefix, or several, inside which convs may grow and branches be pruned;
             None is everywhere.
-        metric: Saliency score: ``synflow`` (Eq. 4), ``snip``, ``grad_norm``, ``random``,
-            ``vote`` (A.3).
+        metric: Saliency score: ``synflow`` (Eq. 4), ``snip``, ``grad_norm``, ``grasp``, ``random``,
+            ``vote`` (A.3), or ``gain``, what growing would gain.
         grow_per_update: How many of the best operations grow at an update (Algorithm 1: 1).
-        branches: What a grown operation gets, as far as it fits (Table 1: all seven).
+        branches: What a grown operation gets, as far as it fits (Table 1: all seven). A number is
+            how many of the seven, those that gain most; ``'best'``: those that gain at least half
+            of what the best one does.
         init_scale: Starting importance of a new branch relative to its conv (section 4.1).
         calibration_batches: Training batches for the BN statistics of new branches (section
             4.1); 0 starts from the statistics of white input.
@@ -117,7 +127,7 @@ class DyRepHook(Hook):
         scope: str | Sequence[str] | None = 'backbone',
         metric: str = 'synflow',
         grow_per_update: int = 1,
-        branches: Sequence[str] | None = None,
+        branches: Sequence[str] | int | str | None = None,
         init_scale: float = INIT_SCALE,
         calibration_batches: int = 20,
         prune: bool = True,
@@ -139,6 +149,7 @@ class DyRepHook(Hook):
         self.metric = check_score(metric)
         self.grow_per_update = check_count('grow_per_update', grow_per_update, 0)
         self.branches = check_branches(branches)
+        self.pick = check_pick(branches)
         self.init_scale = check_number('init_scale', init_scale)
         self.calibration_batches = check_count('calibration_batches', calibration_batches, 0)
         check_number('prune_threshold', prune_threshold)
@@ -166,6 +177,8 @@ class DyRepHook(Hook):
             self.metric,
             scope=self.scope,
             branches=self.branches,
+            pick=self.pick,
+            over_losses=self._over_losses,
             max_depth=self.max_depth,
             grow_per_update=self.grow_per_update,
             prune_threshold=self.prune_threshold,
@@ -235,6 +248,11 @@ class DyRepHook(Hook):
         to_start = self.structure is not None and not self._started
         if self.calibration_batches and (to_start or self.schedule.interval is not None):
             check_batches(runner)
+        if getattr(SCORES[self.metric], 'needs_batches', False) and not can_draw(runner):
+            raise DyRepError(
+                f'metric={self.metric} needs batches of its own, which an IterableDataset does not '
+                'give: choose another metric'
+            )
         if to_start:
             start_from(transaction, self.structure, self.scope, self.seed, 0)
             runner.logger.info(f'DyRep: starts with {len(blocks_of(model))} blocks')
@@ -338,6 +356,12 @@ class DyRepHook(Hook):
                 copies=self._find_copies(runner),
             )
         return self._transaction
+
+    def _over_losses(self, measure: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """See :data:`dyrep_mm.evolution.saliency.OverLosses`."""
+        runner, before = self._transaction.runner, self._transaction.batch_sampler
+        seed = make_seed(self.seed, self._record.updates, 'losses')
+        return mean_over_losses(runner, measure, seed, before)
 
     def _find_copies(self, runner: Runner) -> Copies:
         if self._copies is None:  # later the values of copies differ

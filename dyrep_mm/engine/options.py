@@ -76,16 +76,32 @@ def check_score(metric: Any) -> str:
     return metric
 
 
+#: ``branches``: the operations that pay.
+BEST = 'best'
+
+
+def check_pick(branches: Any) -> int | str | None:
+    """How many operations a grown conv gets, by what they gain: a number, or ``'best'``; None if
+    ``branches`` names them.
+
+    Raises:
+        DyRepError: it is a number below 1.
+    """
+    if type(branches) is int and branches < 1:
+        raise DyRepError(f'branches must be at least 1 where it is a number, got {branches}')
+    return branches if branches == BEST or type(branches) is int else None
+
+
 def check_branches(branches: Any) -> list[str] | None:
-    """The operations that a grown conv gets, as a list; None is the default.
+    """The operations that a grown conv gets, or gets a pick of, as a list; None is the default.
 
     Raises:
         DyRepError: a name is unknown, or no branch is among them: nothing would ever grow.
     """
-    if branches is None:
+    if branches is None or check_pick(branches) is not None:
         return None
     if not isinstance(branches, (list, tuple)):
-        raise DyRepError(f'branches must be a list of names, got {branches!r}')
+        raise DyRepError(f"branches must be a list of names, a number, or 'best', got {branches!r}")
     check_operations(branches)
     if not set(branches) - {ORIGIN}:
         raise DyRepError(

@@ -8,12 +8,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dyrep_mm.evolution.saliency import Score, check_metric, make_score
+from dyrep_mm.evolution.gain import Gain, best_names
+from dyrep_mm.evolution.operations import (
+    Operation,
+    besides_in,
+    operations_of,
+    restore_besides,
+)
+from dyrep_mm.evolution.saliency import OverLosses, Score, check_metric, make_score
+from dyrep_mm.reparam.branches import ORIGIN
 from dyrep_mm.surgery.candidates import candidates
 from dyrep_mm.surgery.structure import Plan, Structure
-from dyrep_mm.surgery.tree import Scope, blocks_of, get_module, in_scope
+from dyrep_mm.surgery.tree import Scope, blocks_of, in_scope
 
 
 class Rule(Protocol):
@@ -43,6 +51,9 @@ class DyRepRule:
         scope: Dotted prefix, or several, inside which convs may grow and branches be pruned;
             everywhere by default.
         branches: The operations that a block gets, as far as they fit; Table 1 by default.
+        pick: How many of these it gets, those that gain most; ``'best'``: those that gain at least
+            half of what the best one does; None: all.
+        over_losses: Gives losses to scores that need batches of their own.
         max_depth: How deep blocks may nest; None sets no limit.
         grow_per_update: How many of the best operations grow at once (Algorithm 1: 1).
         prune_threshold: lambda (section 4.2); None prunes nothing.
@@ -59,6 +70,8 @@ class DyRepRule:
         *,
         scope: Scope = None,
         branches: Sequence[str] | None = None,
+        pick: int | str | None = None,
+        over_losses: OverLosses | None = None,
         max_depth: int | None,
         grow_per_update: int,
         prune_threshold: float | None,
@@ -67,19 +80,25 @@ class DyRepRule:
         self.metric = metric
         self.scope = scope
         self.branches = branches
+        self.pick = pick
+        self.over_losses = over_losses
         self.max_depth = max_depth
         self.grow_per_update = grow_per_update
         self.prune_threshold = prune_threshold
         self.operations: Structure = {}
         self.score: Score | None = None
-        self._weights: dict[str, Tensor] = {}
+        self._seen: dict[str, Operation] = {}
+        self._gain: Gain | None = None
         self._optimizer: torch.optim.Optimizer | None = None
 
     def watch(self, model: nn.Module) -> None:
         """Score the present candidates from now on."""
         self.operations = candidates(model, self.scope, self.max_depth, self.branches, frozen=True)
-        self._weights = {path: get_module(model, path).weight for path in self.operations}
-        self.score = make_score(self.metric, self._weights) if self._weights else None
+        self._seen = operations_of(model, self.operations)
+        self.score = make_score(self.metric, self._seen) if self._seen else None
+        self._gain = self.score if isinstance(self.score, Gain) else None
+        if self.pick is not None and self._gain is None and self._seen:
+            self._gain = Gain(self._seen)
 
     def observe(self, optimizer: torch.optim.Optimizer) -> None:
         """Add the scores of one iteration, of what trains in it."""
@@ -88,13 +107,15 @@ class DyRepRule:
             return
         trained = self._trained()
         # Nobody sets the gradient of a weight to zero that is not in the optimizer.
-        idle = [(w, w.grad) for path, w in self._weights.items() if path not in trained]
+        weights = {path: operation.weight for path, operation in self._seen.items()}
+        idle = [(w, w.grad) for path, w in weights.items() if path not in trained]
         for weight, _ in idle:
             weight.grad = None
         # A fused optimizer unscales gradients by itself and leaves these two attributes.
-        self.score.gather(
-            getattr(optimizer, 'grad_scale', None), getattr(optimizer, 'found_inf', None)
-        )
+        scale = getattr(optimizer, 'grad_scale', None), getattr(optimizer, 'found_inf', None)
+        self.score.gather(*scale)
+        if self._gain is not None and self._gain is not self.score:
+            self._gain.gather(*scale)
         for weight, grad in idle:
             weight.grad = grad
 
@@ -107,31 +128,67 @@ class DyRepRule:
                 for path, block in blocks_of(model).items()
                 if in_scope(path, self.scope)
             },
-            self.operations,
+            self._chosen(),
             count=self.grow_per_update,
             threshold=self.prune_threshold,
             remark=self.score.remark() if self.score else None,
         )
 
+    def gains(self) -> dict[str, dict[str, float]]:
+        """What each operation would gain, by path of the conv and name; empty if that is not
+        gathered."""
+        return self._gain.gains() if self._gain is not None else {}
+
+    def _chosen(self) -> Structure:
+        """What each conv would grow to."""
+        if self.pick is None:
+            return self.operations
+        count = None if self.pick == 'best' else self.pick
+        best = {path: best_names(gains, count) for path, gains in self.gains().items()}
+        return {
+            path: [name for name in names if name == ORIGIN or name in best.get(path, names)]
+            for path, names in self.operations.items()
+        }
+
     def _trained(self) -> set[str]:
         """The operations that train now: branches train where their conv does."""
-        weights = {path: w for path, w in self._weights.items() if w.requires_grad}
+        seen = self._seen.items()
+        weights = {path: o.weight for path, o in seen if o.weight.requires_grad}
         if self._optimizer is None:
             return set(weights)
         held = {id(p) for group in self._optimizer.param_groups for p in group['params']}
         return {path for path, weight in weights.items() if id(weight) in held}
 
     def _means(self, generator: torch.Generator) -> dict[str, float]:
-        means, trained = self.score.means(generator) if self.score else {}, self._trained()
+        if self.score is None:
+            return {}
+        if hasattr(self.score, 'look') and self.over_losses is not None:
+            self.score.look(self.over_losses)
+        means, trained = self.score.means(generator), self._trained()
+        if self.score is self._gain and self.pick is not None:  # of what it would get
+            gains, chosen = self.gains(), self._chosen()
+            means = {p: sum(gains[p].get(n, 0.0) for n in chosen[p]) for p in means}
         return {path: mean for path, mean in means.items() if path in trained}
 
     def state_dict(self) -> dict[str, Any] | None:
         """The scores so far."""
-        return self.score.state_dict() if self.score else None
+        if self.score is None:
+            return None
+        state = {**self.score.state_dict(), 'beside': besides_in(self._seen)}
+        if self._gain is not None and self._gain is not self.score:
+            state['gain'] = self._gain.state_dict()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> bool:
         """Continue with the scores of a checkpoint; False if they are of other operations."""
-        return self.score is None or self.score.load_state_dict(state)
+        if self.score is None:
+            return True
+        if not self.score.load_state_dict(state):
+            return False
+        restore_besides(self._seen, state.get('beside'))
+        if self._gain is not None and self._gain is not self.score:
+            return self._gain.load_state_dict(state.get('gain'))
+        return True
 
 
 def weak_branches(importances: Mapping[str, float], threshold: float) -> list[str]:

@@ -101,6 +101,21 @@ class Branch(nn.Module):
         """Why this operation cannot be exact on ``spec``; None if it can."""
         return None
 
+    @classmethod
+    def reach(cls, spec: ConvSpec, grad: Tensor) -> Tensor:
+        """What this operation, before it is there, would feel of the gradient of a conv.
+
+        Args:
+            spec: Geometry of the conv.
+            grad: Gradient (out, in / groups, kh, kw) of its weight.
+
+        Returns:
+            Coordinates (out, n) of the gradient in an orthonormal basis of the kernels that the
+            operation may start with; by default these may be any. The mean square of the
+            coordinates is the expected square of the gradient along a random kernel of norm 1.
+        """
+        return grad.flatten(1)
+
     def build(self, norm: NormFactory, generator: Generator | None) -> None:
         """Make what comes before the last BN."""
 
@@ -186,6 +201,11 @@ def _is_conv(module: nn.Module) -> bool:
     return hasattr(module, 'kernel_size')
 
 
+def _inner(weight: Tensor, size: Pair) -> Tensor:
+    """The ``size`` (kh, kw) in the middle of ``weight`` (..., kh, kw)."""
+    return crop(weight, tuple((n - k) // 2 for n, k in zip(weight.shape[-2:], size, strict=True)))
+
+
 def _definition(cls: type) -> tuple[str, str]:
     return cls.__module__, cls.__qualname__
 
@@ -227,6 +247,10 @@ class _ConvBranch(Branch):
     def size(cls, spec: ConvSpec) -> Pair:
         """Kernel size of the conv."""
         raise NotImplementedError
+
+    @classmethod
+    def reach(cls, spec: ConvSpec, grad: Tensor) -> Tensor:
+        return _inner(grad, cls.size(spec)).flatten(1)
 
     def build(self, norm: NormFactory, generator: Generator | None) -> None:
         spec, size = self.spec, self.size(self.spec)
@@ -318,6 +342,10 @@ class PointwiseAverage(Branch):
             return f'an average pooling has no dilation, the conv has {spec.dilation}'
         return None
 
+    @classmethod
+    def reach(cls, spec: ConvSpec, grad: Tensor) -> Tensor:
+        return grad.sum((2, 3)) / math.prod(spec.kernel_size) ** 0.5
+
     def build(self, norm: NormFactory, generator: Generator | None) -> None:
         spec = self.spec
         if spec.depthwise:
@@ -392,6 +420,12 @@ class Identity(Branch):
         if spec.stride != (1, 1):
             return f'the stride is {spec.stride}'
         return None
+
+    @classmethod
+    def reach(cls, spec: ConvSpec, grad: Tensor) -> Tensor:
+        narrow = spec.in_channels // spec.groups
+        copies = _inner(grad, (1, 1)).reshape(spec.groups, narrow, narrow)
+        return copies.diagonal(dim1=1, dim2=2).reshape(-1, 1)
 
     def build(self, norm: NormFactory, generator: Generator | None) -> None:
         self.padding, self.crop = self.spec.inset((1, 1))
