@@ -89,6 +89,10 @@ class DyRepHook(Hook):
             4.1); 0 starts from the statistics of white input.
         prune: De-parameterization (section 4.2).
         prune_threshold: lambda: prune only in blocks whose importances spread more than this.
+        prune_relative: ``prune_threshold`` is a part of the mean importance of the block, so that
+            it means the same however long a run is and wherever importances start.
+        prune_below: Prune only branches of less importance than this, as the authors' code does
+            at 0.1, whose deviation is the unbiased one; None is the rule of the paper.
         max_depth: How deep blocks may nest; 1 is no nesting.
         structure: What to start from: ``'dbb'``, ``'dbb7'``, ``'repvgg'``, a Structure file
             or a checkpoint.
@@ -119,6 +123,8 @@ class DyRepHook(Hook):
         calibration_batches: int = 20,
         prune: bool = True,
         prune_threshold: float = 0.02,
+        prune_relative: bool = False,
+        prune_below: float | None = None,
         max_depth: int = 2,
         structure: str | os.PathLike | Mapping[str, Sequence[str]] | None = None,
         seed: int | None = None,
@@ -140,6 +146,10 @@ class DyRepHook(Hook):
         self.calibration_batches = check_count('calibration_batches', calibration_batches, 0)
         check_number('prune_threshold', prune_threshold)
         self.prune_threshold = prune_threshold if check_flag('prune', prune) else None
+        self.prune_relative = check_flag('prune_relative', prune_relative)
+        if prune_below is not None:
+            check_number('prune_below', prune_below)
+        self.prune_below = prune_below
         self.max_depth = check_count('max_depth', max_depth, 1, MAX_DEPTH)
         self.structure = check_start(structure)
         self.seed = check_seed(seed)
@@ -165,6 +175,8 @@ class DyRepHook(Hook):
             max_depth=self.max_depth,
             grow_per_update=self.grow_per_update,
             prune_threshold=self.prune_threshold,
+            prune_relative=self.prune_relative,
+            prune_below=self.prune_below,
         )
 
     @property

@@ -46,6 +46,8 @@ class DyRepRule:
         max_depth: How deep blocks may nest; None sets no limit.
         grow_per_update: How many of the best operations grow at once (Algorithm 1: 1).
         prune_threshold: lambda (section 4.2); None prunes nothing.
+        prune_relative: See :func:`weak_branches`.
+        prune_below: See :func:`weak_branches`.
 
     Attributes:
         operations: The convs that may grow, with the operations that each would have. Those that
@@ -62,6 +64,8 @@ class DyRepRule:
         max_depth: int | None,
         grow_per_update: int,
         prune_threshold: float | None,
+        prune_relative: bool = False,
+        prune_below: float | None = None,
     ):
         check_metric(metric)
         self.metric = metric
@@ -70,6 +74,8 @@ class DyRepRule:
         self.max_depth = max_depth
         self.grow_per_update = grow_per_update
         self.prune_threshold = prune_threshold
+        self.prune_relative = prune_relative
+        self.prune_below = prune_below
         self.operations: Structure = {}
         self.score: Score | None = None
         self._weights: dict[str, Tensor] = {}
@@ -110,6 +116,8 @@ class DyRepRule:
             self.operations,
             count=self.grow_per_update,
             threshold=self.prune_threshold,
+            relative=self.prune_relative,
+            below=self.prune_below,
             remark=self.score.remark() if self.score else None,
         )
 
@@ -134,16 +142,32 @@ class DyRepRule:
         return self.score is None or self.score.load_state_dict(state)
 
 
-def weak_branches(importances: Mapping[str, float], threshold: float) -> list[str]:
-    """Branches to cut (section 4.2): less important than the mean, where the standard
-    deviation is above ``threshold``. With fewer than two branches there is no spread."""
+def weak_branches(
+    importances: Mapping[str, float],
+    threshold: float,
+    *,
+    relative: bool = False,
+    below: float | None = None,
+) -> list[str]:
+    """Branches to cut (section 4.2): less important than the mean, where the standard deviation is
+    above ``threshold``. The best branch stays; with fewer than two there is no spread.
+
+    Args:
+        importances: Eq. 9, of the branches of one block.
+        threshold: lambda.
+        relative: ``threshold`` is a part of the mean importance.
+        below: Only branches below this importance go too, as in the authors' code, which has 0.1.
+            As there the deviation is then the unbiased one.
+    """
     values = list(importances.values())
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return []
-    if statistics.pstdev(values) <= threshold:
-        return []
     mean = statistics.fmean(values)
-    return [name for name, value in importances.items() if value < mean]
+    spread = statistics.pstdev(values) if below is None else statistics.stdev(values)
+    if spread <= threshold * (mean if relative else 1):
+        return []
+    bound = mean if below is None else min(mean, below)
+    return [name for name, value in importances.items() if value < bound]
 
 
 def make_plan(
@@ -153,6 +177,8 @@ def make_plan(
     *,
     count: int,
     threshold: float | None,
+    relative: bool = False,
+    below: float | None = None,
     remark: str | None = None,
 ) -> Plan:
     """One update of Algorithm 1 (lines 8 to 10).
@@ -163,12 +189,14 @@ def make_plan(
         operations: What each of the scored convs would grow to.
         count: How many of the best operations grow.
         threshold: lambda; None prunes nothing.
+        relative: See :func:`weak_branches`.
+        below: See :func:`weak_branches`.
         remark: On the scores.
     """
     prune: dict[str, list[str]] = {}
     if threshold is not None:
         for path, values in importances.items():
-            if weak := weak_branches(values, threshold):
+            if weak := weak_branches(values, threshold, relative=relative, below=below):
                 prune[path] = weak
     cut = [f'{path}.branches.{name}' for path, names in prune.items() for name in names]
 

@@ -23,9 +23,9 @@ from support.runs import PRUNING, dyrep, resnet_config, resnet_runner, runner, u
 HOOK = {**PRUNING, 'interval': 3}
 
 NAN, INF = float('nan'), float('inf')
-FLAGS = ('prune', 'recompute', 'stop_on_invalid_loss', 'by_epoch')
+FLAGS = ('prune', 'prune_relative', 'recompute', 'stop_on_invalid_loss', 'by_epoch')
 COUNTS = ('interval', 'end', 'grow_per_update', 'calibration_batches', 'max_depth')
-NUMBERS = ('init_scale', 'prune_threshold')
+NUMBERS = ('init_scale', 'prune_threshold', 'prune_below')
 OPTIONS = (*FLAGS, *COUNTS, *NUMBERS, 'scope', 'metric', 'branches', 'structure', 'seed')
 
 
@@ -305,6 +305,7 @@ def test_a_structure_of_the_wrong_type_is_told_the_names():
         {'seed': -1},
         {'init_scale': 0},
         {'prune_threshold': 1},
+        {'prune_relative': True, 'prune_threshold': 0.5, 'prune_below': 0.1},
         {'calibration_batches': 0, 'grow_per_update': 0, 'end': 0},
         {'interval': None, 'by_epoch': None},
     ],

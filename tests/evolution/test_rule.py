@@ -1,6 +1,7 @@
 """The rule of the paper, on plain numbers."""
 
 import math
+import random
 import statistics
 
 import pytest
@@ -93,6 +94,65 @@ def test_importances_that_are_not_finite_prune_nothing(bad):
     assert weak_branches({'a': 0.0, 'b': 1.0, 'c': bad}, 0.02) == []
 
 
+@pytest.mark.parametrize(
+    ('median', 'sigma', 'below', 'left'),
+    [
+        (0.05, 0.5, None, 3.6),
+        (0.05, 0.5, 0.1, 3.3),
+        (0.1, 0.5, None, 2.0),
+        (0.1, 0.5, 0.1, 3.2),
+        (0.2, 0.2, None, 2.5),
+        (0.2, 0.2, 0.1, 6.0),
+        (0.2, 0.5, None, 1.4),
+        (0.2, 0.5, 0.1, 5.5),
+        (0.4, 0.5, None, 1.2),
+        (0.4, 0.5, 0.1, 6.0),
+    ],
+)
+def test_the_two_rules_until_nothing_goes(median, sigma, below, left):
+    """Six branches of lognormal importances: the paper's rule eats a block down to its best
+    branch, the bound of the authors' code leaves what matters."""
+    draws, total = random.Random(0), 0
+    for _ in range(1000):
+        values = {name: draws.lognormvariate(math.log(median), sigma) for name in 'abcdef'}
+        best = max(values, key=values.get)
+        while weak := weak_branches(values, 0.02, below=below):
+            values = {name: value for name, value in values.items() if name not in weak}
+        assert best in values
+        total += len(values)
+    assert total / 1000 == pytest.approx(left, abs=0.15)
+
+
+def test_with_a_bound_the_deviation_is_unbiased():
+    """Two branches: the deviations are 0.02, which is not above lambda, and 0.028."""
+    values = {'1x1': 0.01, 'kx1': 0.05}
+    assert weak_branches(values, 0.02) == []
+    assert weak_branches(values, 0.02, below=0.1) == ['1x1']
+    assert weak_branches(values, 0.03, below=0.1) == []
+
+
+def test_what_is_above_the_bound_stays():
+    values = dict(zip('abcdef', (0.5, 0.12, 0.11, 0.3, 0.2, 0.15), strict=True))
+    assert weak_branches(values, 0.02) == ['b', 'c', 'e', 'f']
+    assert weak_branches(values, 0.02, below=0.1) == []
+    assert weak_branches(values, 0.02, below=0.115) == ['c']
+
+
+@pytest.mark.parametrize('below', [None, 0.1])
+@pytest.mark.parametrize('scale', [1e-6, 1.0, 1e3])
+def test_a_relative_threshold_knows_no_scale(scale, below):
+    values = {'a': 0.5 * scale, 'b': 1.0 * scale, 'c': 1.5 * scale}
+    deviation = 0.5 if below else math.sqrt(0.5 / 3)  # of the mean
+    bound = below and below * scale * 10
+    assert weak_branches(values, 0.99 * deviation, relative=True, below=bound) == ['a']
+    assert weak_branches(values, 1.01 * deviation, relative=True, below=bound) == []
+
+
+def test_branches_that_are_all_dead_stay():
+    """There is nothing to tell them apart."""
+    assert weak_branches({'a': 0.0, 'b': 0.0}, 0.0, relative=True) == []
+
+
 SPREAD = {'1x1': 0.01, '1x1-kxk': 0.01, 'identity': 0.2}
 
 
@@ -112,6 +172,16 @@ def test_pruning_can_be_off():
 def test_the_threshold_is_a_limit_not_a_factor():
     assert plan(importances={'a': SPREAD}, threshold=0.1).prune == {}
     assert plan(importances={'a': SPREAD}, threshold=0.05).prune.keys() == {'a'}
+
+
+def test_the_plan_takes_the_form_of_the_threshold():
+    def pruned(**more):
+        importances = {'a': {'1x1': 0.2, 'kx1': 0.6}, 'b': {'1x1': 0.001, 'kx1': 0.002}}
+        return make_plan({}, importances, {}, count=1, **more).prune
+
+    assert pruned(threshold=0.1) == {'a': ['1x1']}
+    assert pruned(threshold=0.1, relative=True) == {'a': ['1x1'], 'b': ['1x1']}
+    assert pruned(threshold=0.1, relative=True, below=0.1) == {'b': ['1x1']}
 
 
 def test_nothing_grows_in_a_branch_that_goes():
