@@ -24,6 +24,7 @@ from dyrep_mm.engine.checkpoint import (
 from dyrep_mm.engine.losses import LossWatch
 from dyrep_mm.engine.options import (
     check_branches,
+    check_budget,
     check_count,
     check_flag,
     check_number,
@@ -54,7 +55,7 @@ from dyrep_mm.surgery.candidates import (
     left_alone,
 )
 from dyrep_mm.surgery.copies import Copies, find_copies, own_part
-from dyrep_mm.surgery.cost import SizeWatch, multiply_adds
+from dyrep_mm.surgery.cost import Costs, SizeWatch, multiply_adds
 from dyrep_mm.surgery.rewire import INIT_SCALE
 from dyrep_mm.surgery.structure import (
     MAX_DEPTH,
@@ -93,6 +94,9 @@ class DyRepHook(Hook):
             it means the same however long a run is and wherever importances start.
         prune_below: Prune only branches of less importance than this, as the authors' code does
             at 0.1, whose deviation is the unbiased one; None is the rule of the paper.
+        max_cost: Budget: multiply-adds of a training step, as blocks really run, over those of the
+            plain model. Within it the best scores for what they add grow first, and pruning makes
+            room. None sets no limit.
         max_depth: How deep blocks may nest; 1 is no nesting.
         structure: What to start from: ``'dbb'``, ``'dbb7'``, ``'repvgg'``, a Structure file
             or a checkpoint.
@@ -125,6 +129,7 @@ class DyRepHook(Hook):
         prune_threshold: float = 0.02,
         prune_relative: bool = False,
         prune_below: float | None = None,
+        max_cost: float | None = None,
         max_depth: int = 2,
         structure: str | os.PathLike | Mapping[str, Sequence[str]] | None = None,
         seed: int | None = None,
@@ -150,6 +155,8 @@ class DyRepHook(Hook):
         if prune_below is not None:
             check_number('prune_below', prune_below)
         self.prune_below = prune_below
+        self.max_cost = check_budget(max_cost)
+        self.costs = Costs()
         self.max_depth = check_count('max_depth', max_depth, 1, MAX_DEPTH)
         self.structure = check_start(structure)
         self.seed = check_seed(seed)
@@ -177,6 +184,8 @@ class DyRepHook(Hook):
             prune_threshold=self.prune_threshold,
             prune_relative=self.prune_relative,
             prune_below=self.prune_below,
+            costs=self.costs,
+            max_cost=self.max_cost,
         )
 
     @property
@@ -259,8 +268,10 @@ class DyRepHook(Hook):
                 'DyRep: the checkpoint scored other operations or by another metric; the '
                 'interval starts without its scores'
             )
-        if self._record.sizes is None:
+        if self._record.sizes is None or self._record.images is None:
             self._sizes = SizeWatch(model)
+        else:
+            self._learn_costs(transaction)
         self._cost = UpdateCost(runner, self.schedule, self.calibration_batches)
         self._warn(runner, self._cost.foresee())
         on_step = partial(self._on_step, runner)
@@ -277,8 +288,11 @@ class DyRepHook(Hook):
         if self._cost is not None:
             self._cost.trained += 1
         if self._sizes is not None:
-            self._record.sizes = from_rank_0(self._sizes.finish())
+            watch, record = self._sizes, self._record
+            seen = watch.finish(), watch.images, watch.autocast
+            record.sizes, record.images, record.autocast = from_rank_0(seen)
             self._sizes = None
+            self._learn_costs(self._transaction_of(runner))
         if not can_draw(runner):
             self._transaction_of(runner).last_batch = data_batch
         if not self.schedule.by_epoch:
@@ -336,6 +350,11 @@ class DyRepHook(Hook):
                 copies=self._find_copies(runner),
             )
         return self._transaction
+
+    def _learn_costs(self, transaction: Transaction) -> None:
+        record = self._record
+        if record.images is not None:  # else no layer was called
+            self.costs.learn(record.sizes, record.images, record.autocast, transaction.copies)
 
     def _find_copies(self, runner: Runner) -> Copies:
         if self._copies is None:  # later the values of copies differ
@@ -414,4 +433,5 @@ class DyRepHook(Hook):
             branches=sum(len(block.added) for block in blocks),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             multiply_adds=None if sizes is None else multiply_adds(model, sizes),
+            cost=self.costs.of(model)() if self.costs.known else None,
         )

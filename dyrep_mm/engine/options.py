@@ -42,6 +42,16 @@ def check_number(name: str, value: Any) -> float:
     return value
 
 
+def check_budget(max_cost: Any) -> float | None:
+    """``max_cost`` if it is a finite number above 1 or None, else ``DyRepError``."""
+    if max_cost is not None and check_number('max_cost', max_cost) <= 1:
+        raise DyRepError(
+            f'max_cost must be above 1, the cost of the plain model, got {max_cost}; '
+            'interval=None is what never grows'
+        )
+    return max_cost
+
+
 def check_seed(seed: Any) -> int | None:
     """``seed`` if it is an integer or None, else ``DyRepError``."""
     if seed is not None and type(seed) is not int:

@@ -34,6 +34,8 @@ class Entry:
         parameters: How many the model has after it; None in a journal of version 0.1.0.
         multiply_adds: Of one image in training after it, see :mod:`dyrep_mm.surgery.cost`; None
             where they are not known.
+        cost: Multiply-adds of one forward in training after it, as blocks really run, over those of
+            the plain model, see :class:`dyrep_mm.surgery.cost.Costs`; None where not known.
     """
 
     update: int
@@ -47,6 +49,7 @@ class Entry:
     branches: int | None = None
     parameters: int | None = None
     multiply_adds: float | None = None
+    cost: float | None = None
 
     @classmethod
     def from_data(cls, data: Any) -> Entry:
@@ -66,7 +69,7 @@ class Entry:
         _check(entry.unit in UNITS, 'journal')
         for paths in (entry.grown, entry.pruned, entry.scores, entry.importances):
             _check(isinstance(paths, Mapping) and all(isinstance(p, str) for p in paths), 'journal')
-        sizes = (entry.blocks, entry.branches, entry.parameters, entry.multiply_adds)
+        sizes = (entry.blocks, entry.branches, entry.parameters, entry.multiply_adds, entry.cost)
         _check(all(n is None or isinstance(n, Real) for n in sizes), 'journal')
         return entry
 
@@ -84,6 +87,8 @@ class Entry:
             sizes.append(f'{self.parameters / 1e6:.2f} M parameters')
         if self.multiply_adds is not None:
             sizes.append(f'{self.multiply_adds / 1e9:.3g} G multiply-adds')
+        if self.cost is not None:
+            sizes.append(f'{self.cost:.3f} times the cost of plain')
         return (
             f'update {self.update} at {self.unit} {self.at}: {"; ".join(parts) or "no change"} | '
             + ', '.join(sizes)
@@ -104,6 +109,8 @@ class Record:
         warned: The log has shown the remark of the rule.
         sizes: Of the maps that the layers see in training, see
             :class:`dyrep_mm.surgery.cost.SizeWatch`; None if not known yet.
+        images: How many one process had in the batch in which the sizes were noted.
+        autocast: Whether layers ran under autocast there.
         left_alone: Why convs that were tried stay plain, by path.
     """
 
@@ -115,6 +122,8 @@ class Record:
     scores: dict[str, Any] | None = None
     warned: bool = False
     sizes: Sizes | None = None
+    images: int | None = None
+    autocast: bool = False
     left_alone: dict[str, str] = field(default_factory=dict)
 
     def to_checkpoint(self, checkpoint: dict) -> None:
@@ -160,6 +169,9 @@ class Record:
             _check(isinstance(path, str) and isinstance(reason, str), 'left_alone')
         if record.sizes is not None:
             _check(are_sizes(record.sizes), 'sizes')
+        images = record.images
+        _check(images is None or (type(images) is int and images > 0), f'images {images!r:.200}')
+        _check(type(record.autocast) is bool, f'autocast {record.autocast!r:.200}')
         return record
 
 

@@ -25,7 +25,7 @@ HOOK = {**PRUNING, 'interval': 3}
 NAN, INF = float('nan'), float('inf')
 FLAGS = ('prune', 'prune_relative', 'recompute', 'stop_on_invalid_loss', 'by_epoch')
 COUNTS = ('interval', 'end', 'grow_per_update', 'calibration_batches', 'max_depth')
-NUMBERS = ('init_scale', 'prune_threshold', 'prune_below')
+NUMBERS = ('init_scale', 'prune_threshold', 'prune_below', 'max_cost')
 OPTIONS = (*FLAGS, *COUNTS, *NUMBERS, 'scope', 'metric', 'branches', 'structure', 'seed')
 
 
@@ -261,6 +261,7 @@ def test_test_uses_the_structure(tmp_path):
         ({'init_scale': float('nan')}, 'init_scale'),
         ({'prune_threshold': -0.1}, 'prune_threshold'),
         ({'end': -1}, 'end'),
+        ({'max_cost': 1}, 'above 1'),
         *(({name: NAN}, name) for name in OPTIONS),
         *(({name: object()}, name) for name in OPTIONS),
         *(({name: ()}, name) for name in OPTIONS),

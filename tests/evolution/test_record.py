@@ -82,11 +82,12 @@ def test_the_log_line_is_made_of_the_entry():
         branches=9,
         parameters=41_380_000,
         multiply_adds=5.051e9,
+        cost=1.23456,
     )
     assert entry.summary() == (
         'update 3 at epoch 15: grew a (score 0.0123) to kxk, 1x1; grew b to kxk, kx1; '
         'pruned 1x1-avg, 1xk of c | 4 blocks, 9 branches, 41.38 M parameters, '
-        '5.05 G multiply-adds'
+        '5.05 G multiply-adds, 1.235 times the cost of plain'
     )
     assert 'no change |' in Entry(1, 'epoch', 5, blocks=0, branches=0).summary()
     assert Entry.from_data(asdict(entry)) == entry
@@ -103,6 +104,7 @@ def test_an_entry_of_version_0_1_0():
         *(None, 3, [], {}, {'update': 1}, {'update': 1, 'unit': 'hour', 'at': 3}),
         *({'update': 1, 'unit': 'epoch', 'at': 3, 'scores': value} for value in ([1.0], {1: 2.0})),
         {'update': 1, 'unit': 'epoch', 'at': 3, 'parameters': 'many'},
+        {'update': 1, 'unit': 'epoch', 'at': 3, 'cost': 'much'},
         {'update': 'first', 'epoch': 3},
     ],
 )
