@@ -32,6 +32,7 @@ from dyrep_mm.engine.options import (
     check_score,
     check_seed,
     check_start,
+    with_presets,
 )
 from dyrep_mm.engine.pretrained import handovers_in
 from dyrep_mm.engine.runner import (
@@ -71,7 +72,7 @@ class DyRepHook(Hook):
 
     Every training iteration is scored between backward and optimizer step. Every ``interval``
     the best operation grows and weak branches go; optimizer, EMA copies, DDP and checkpoints
-    follow. The paper's numbers are the defaults.
+    follow.
 
     Args:
         interval: t of Algorithm 1, epochs or iterations between two updates; None never
@@ -100,11 +101,15 @@ class DyRepHook(Hook):
         max_depth: How deep blocks may nest; 1 is no nesting.
         structure: What to start from: ``'dbb'``, ``'dbb7'``, ``'repvgg'``, a Structure file
             or a checkpoint.
+        compensate: False: the kernel of a conv stays as it is where branches of ``structure`` join
+            it, as DBB starts from scratch. By default the model computes what it did without.
         seed: Of new branches and calibration; by default the runner's.
         recompute: Compute the outputs of branches again in the backward instead of keeping
             them: training takes less memory and more time.
         stop_on_invalid_loss: End the run at a loss that is NaN or infinite. By default the log
             tells of the first one, and updates wait for a loss that is finite.
+        preset: ``'paper'``: options that are not given have the numbers of the paper, whatever the
+            defaults are.
 
     Raises:
         DyRepError: an option has no meaning; at the start of training, the runner, the scope
@@ -114,6 +119,7 @@ class DyRepHook(Hook):
     # Before every EMAHook, which must find the restored structure, and before what saves.
     priority = 'HIGH'
 
+    @with_presets
     def __init__(
         self,
         interval: int | None = LEFT_OUT,
@@ -132,9 +138,11 @@ class DyRepHook(Hook):
         max_cost: float | None = None,
         max_depth: int = 2,
         structure: str | os.PathLike | Mapping[str, Sequence[str]] | None = None,
+        compensate: bool = True,
         seed: int | None = None,
         recompute: bool = False,
         stop_on_invalid_loss: bool = False,
+        preset: str | None = None,
     ):
         if interval is not None and interval is not LEFT_OUT:
             check_count('interval', interval, 1)
@@ -159,6 +167,9 @@ class DyRepHook(Hook):
         self.costs = Costs()
         self.max_depth = check_count('max_depth', max_depth, 1, MAX_DEPTH)
         self.structure = check_start(structure)
+        self.compensate = check_flag('compensate', compensate)
+        if structure is None and not compensate:
+            raise DyRepError('compensate=False is for branches to start with: set structure')
         self.seed = check_seed(seed)
         self.recompute = check_flag('recompute', recompute)
         self._losses = LossWatch(check_flag('stop_on_invalid_loss', stop_on_invalid_loss))
@@ -253,7 +264,9 @@ class DyRepHook(Hook):
         if self.calibration_batches and (to_start or self.schedule.interval is not None):
             check_batches(runner)
         if to_start:
-            start_from(transaction, self.structure, self.scope, self.seed, 0)
+            start_from(
+                transaction, self.structure, self.scope, self.seed, 0, compensate=self.compensate
+            )
             runner.logger.info(f'DyRep: starts with {len(blocks_of(model))} blocks')
         self._started = True
         self._handles = [model.register_forward_pre_hook(lambda *_: transaction.freezes.follow())]
