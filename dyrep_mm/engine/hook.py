@@ -31,6 +31,7 @@ from dyrep_mm.engine.checkpoint import (
 from dyrep_mm.engine.losses import LossWatch
 from dyrep_mm.engine.options import (
     check_branches,
+    check_budget,
     check_count,
     check_flag,
     check_number,
@@ -39,6 +40,7 @@ from dyrep_mm.engine.options import (
     check_score,
     check_seed,
     check_start,
+    with_presets,
 )
 from dyrep_mm.engine.pretrained import handovers_in
 from dyrep_mm.engine.runner import (
@@ -65,6 +67,7 @@ from dyrep_mm.surgery.candidates import (
     left_alone,
 )
 from dyrep_mm.surgery.copies import Copies, find_copies, own_part
+from dyrep_mm.surgery.charge import Costs
 from dyrep_mm.surgery.cost import SizeWatch, cost_of, plain_cost_of
 from dyrep_mm.surgery.rewire import INIT_SCALE
 from dyrep_mm.surgery.structure import (
@@ -81,7 +84,7 @@ class DyRepHook(Hook):
 
     Every training iteration is scored between backward and optimizer step. Every ``interval``
     the best operation grows and weak branches go; optimizer, EMA copies, DDP and checkpoints
-    follow. The paper's numbers are the defaults.
+    follow.
 
     Args:
         interval: t of Algorithm 1, epochs or iterations between two updates; None never
@@ -102,14 +105,25 @@ class DyRepHook(Hook):
             4.1); 0 starts from the statistics of white input.
         prune: De-parameterization (section 4.2).
         prune_threshold: lambda: prune only in blocks whose importances spread more than this.
+        prune_relative: ``prune_threshold`` is a part of the mean importance of the block, so that
+            it means the same however long a run is and wherever importances start.
+        prune_below: Prune only branches of less importance than this, as the authors' code does
+            at 0.1, whose deviation is the unbiased one; None is the rule of the paper.
+        max_cost: Budget: multiply-adds of a training step, as blocks really run, over those of the
+            plain model. Within it the best scores for what they add grow first, and pruning makes
+            room. None sets no limit.
         max_depth: How deep blocks may nest; 1 is no nesting.
         structure: What to start from: ``'dbb'``, ``'dbb7'``, ``'repvgg'``, a Structure file
             or a checkpoint.
+        compensate: False: the kernel of a conv stays as it is where branches of ``structure`` join
+            it, as DBB starts from scratch. By default the model computes what it did without.
         seed: Of new branches and calibration; by default the runner's.
         recompute: Compute the outputs of branches again in the backward instead of keeping
             them: training takes less memory and more time.
         stop_on_invalid_loss: End the run at a loss that is NaN or infinite. By default the log
             tells of the first one, and updates wait for a loss that is finite.
+        preset: ``'paper'``: options that are not given have the numbers of the paper, whatever the
+            defaults are.
 
     Raises:
         DyRepError: an option has no meaning; at the start of training, the runner, the scope
@@ -119,6 +133,7 @@ class DyRepHook(Hook):
     # Before every EMAHook, which must find the restored structure, and before what saves.
     priority = 'HIGH'
 
+    @with_presets
     def __init__(
         self,
         interval: int | None = LEFT_OUT,
@@ -132,11 +147,16 @@ class DyRepHook(Hook):
         calibration_batches: int = 20,
         prune: bool = True,
         prune_threshold: float = 0.02,
+        prune_relative: bool = False,
+        prune_below: float | None = None,
+        max_cost: float | None = None,
         max_depth: int = 2,
         structure: str | os.PathLike | Mapping[str, Sequence[str]] | None = None,
+        compensate: bool = True,
         seed: int | None = None,
         recompute: bool = False,
         stop_on_invalid_loss: bool = False,
+        preset: str | None = None,
     ):
         if interval is not None and interval is not LEFT_OUT:
             check_count('interval', interval, 1)
@@ -154,8 +174,17 @@ class DyRepHook(Hook):
         self.calibration_batches = check_count('calibration_batches', calibration_batches, 0)
         check_number('prune_threshold', prune_threshold)
         self.prune_threshold = prune_threshold if check_flag('prune', prune) else None
+        self.prune_relative = check_flag('prune_relative', prune_relative)
+        if prune_below is not None:
+            check_number('prune_below', prune_below)
+        self.prune_below = prune_below
+        self.max_cost = check_budget(max_cost)
+        self.costs = Costs()
         self.max_depth = check_count('max_depth', max_depth, 1, MAX_DEPTH)
         self.structure = check_start(structure)
+        self.compensate = check_flag('compensate', compensate)
+        if structure is None and not compensate:
+            raise DyRepError('compensate=False is for branches to start with: set structure')
         self.seed = check_seed(seed)
         self.recompute = check_flag('recompute', recompute)
         self._losses = LossWatch(check_flag('stop_on_invalid_loss', stop_on_invalid_loss))
@@ -182,6 +211,10 @@ class DyRepHook(Hook):
             max_depth=self.max_depth,
             grow_per_update=self.grow_per_update,
             prune_threshold=self.prune_threshold,
+            prune_relative=self.prune_relative,
+            prune_below=self.prune_below,
+            costs=self.costs,
+            max_cost=self.max_cost,
         )
 
     @property
@@ -254,7 +287,9 @@ class DyRepHook(Hook):
                 'give: choose another metric'
             )
         if to_start:
-            start_from(transaction, self.structure, self.scope, self.seed, 0)
+            start_from(
+                transaction, self.structure, self.scope, self.seed, 0, compensate=self.compensate
+            )
             runner.logger.info(f'DyRep: starts with {len(blocks_of(model))} blocks')
         self._started = True
         self._handles = [model.register_forward_pre_hook(lambda *_: transaction.freezes.follow())]
@@ -271,7 +306,11 @@ class DyRepHook(Hook):
                 'DyRep: the checkpoint scored other operations or by another metric; the '
                 'interval starts without its scores'
             )
-        self._watch_costs(model)
+        if self._record.sizes is None or self._record.images is None:
+            self._sizes = SizeWatch(model)
+        else:
+            self._learn_costs(transaction)
+        self._know_costs(model)
         self._cost = UpdateCost(runner, self.schedule, self.calibration_batches)
         self._warn(runner, self._cost.foresee())
         on_step = partial(self._on_step, runner)
@@ -293,9 +332,12 @@ class DyRepHook(Hook):
         if self._cost is not None:
             self._cost.trained += 1
         if self._sizes is not None:
-            self._record.sizes = from_rank_0(self._sizes.finish())
+            watch, record = self._sizes, self._record
+            seen = watch.finish(), watch.images, watch.autocast
+            record.sizes, record.images, record.autocast = from_rank_0(seen)
             self._sizes = None
             self._know_costs(unwrap(runner.model))
+            self._learn_costs(self._transaction_of(runner))
         if not can_draw(runner):
             self._transaction_of(runner).last_batch = data_batch
         if not self.schedule.by_epoch:
@@ -362,6 +404,11 @@ class DyRepHook(Hook):
         runner, before = self._transaction.runner, self._transaction.batch_sampler
         seed = make_seed(self.seed, self._record.updates, 'losses')
         return mean_over_losses(runner, measure, seed, before)
+
+    def _learn_costs(self, transaction: Transaction) -> None:
+        record = self._record
+        if record.images is not None:  # else no layer was called
+            self.costs.learn(record.sizes, record.images, record.autocast, transaction.copies)
 
     def _find_copies(self, runner: Runner) -> Copies:
         if self._copies is None:  # later the values of copies differ
@@ -446,6 +493,7 @@ class DyRepHook(Hook):
             branches=sum(len(block.added) for block in blocks),
             parameters=cost.parameters,
             multiply_adds=cost.multiply_adds,
+            cost_ratio=self.costs.of(model)() if self.costs.known else None,
             reasons=plan.reasons,
             iteration=self._record.iteration,
             average_parameters=self._record.average('parameters'),

@@ -53,6 +53,8 @@ class Entry:
         timing: ``steps`` since the last update; ``step_seconds``, the median of a training
             iteration in them, without what loads data, validates or updates; ``update_seconds``,
             of this update. Empty in older journals. Entries that differ in it alone are equal.
+        cost_ratio: Multiply-adds of one forward in training after it, as blocks really run, over those of
+            the plain model, see :class:`dyrep_mm.surgery.cost.Costs`; None where not known.
     """
 
     update: int
@@ -72,6 +74,7 @@ class Entry:
     average_parameters: float | None = None
     average_multiply_adds: float | None = None
     timing: dict[str, float] = field(default_factory=dict, compare=False)
+    cost_ratio: float | None = None
 
     @classmethod
     def from_data(cls, data: Any) -> Entry:
@@ -95,9 +98,12 @@ class Entry:
         maps = (entry.scores, entry.importances, entry.reasons, entry.timing)
         for paths in (entry.grown, entry.pruned, *maps):
             _check(isinstance(paths, Mapping) and all(isinstance(p, str) for p in paths), 'journal')
-        sizes = (entry.blocks, entry.branches, entry.parameters, entry.multiply_adds)
-        means = (entry.epoch, entry.average_parameters, entry.average_multiply_adds)
-        _check(all(n is None or isinstance(n, Real) for n in (*sizes, *means)), 'journal')
+        sizes = (
+            *(entry.blocks, entry.branches, entry.parameters, entry.multiply_adds),
+            *(entry.cost_ratio, entry.epoch),
+            *(entry.average_parameters, entry.average_multiply_adds),
+        )
+        _check(all(n is None or isinstance(n, Real) for n in sizes), 'journal')
         _check(all(isinstance(n, Real) for n in entry.timing.values()), 'journal')
         return entry
 
@@ -135,6 +141,8 @@ class Entry:
             now, mean = self.multiply_adds, self.average_multiply_adds
             base = plain and plain.multiply_adds
             costs.append(_compared('multiply-adds', 'G', 1e9, now, average=mean, plain=base))
+        if self.cost_ratio is not None:
+            costs.append(f'{self.cost_ratio:.3f} times the cost of plain')
         if 'step_seconds' in self.timing:
             step = self.timing['step_seconds']
             costs.append('until now ' + _compared('a step', 's', 1, step, plain=plain_step))
@@ -251,6 +259,8 @@ class Record:
         warned: The log has shown the remark of the rule.
         sizes: Of the maps that the layers see in training, see
             :class:`dyrep_mm.surgery.cost.SizeWatch`; None if not known yet.
+        images: How many one process had in the batch in which the sizes were noted.
+        autocast: Whether layers ran under autocast there.
         left_alone: Why convs that were tried stay plain, by path.
         plain: The cost of the plain model; None if not known yet.
         start: The cost of the model at the first iteration; None if it is not known, as in a run
@@ -267,6 +277,8 @@ class Record:
     scores: dict[str, Any] | None = None
     warned: bool = False
     sizes: Sizes | None = None
+    images: int | None = None
+    autocast: bool = False
     left_alone: dict[str, str] = field(default_factory=dict)
     plain: Cost | None = None
     start: Cost | None = None
@@ -388,6 +400,9 @@ class Record:
             _check(isinstance(path, str) and isinstance(reason, str), 'left_alone')
         if record.sizes is not None:
             _check(are_sizes(record.sizes), 'sizes')
+        images = record.images
+        _check(images is None or (type(images) is int and images > 0), f'images {images!r:.200}')
+        _check(type(record.autocast) is bool, f'autocast {record.autocast!r:.200}')
         return record
 
 

@@ -168,6 +168,7 @@ def test_the_log_line_is_made_of_the_entry():
         multiply_adds=5.051e9,
         average_parameters=40.5e6,
         timing={'step_seconds': 0.3},
+        cost_ratio=1.23456,
     )
     changes = (
         'update 3 at epoch 15: grew a (score 0.0123, runner-up d 0.005) to kxk, 1x1; '
@@ -176,11 +177,11 @@ def test_the_log_line_is_made_of_the_entry():
     )
     assert entry.summary() == changes + (
         '    4 blocks, 9 branches, 41.38 M parameters (average 40.5), 5.051 G multiply-adds, '
-        'until now 0.3 s a step'
+        '1.235 times the cost of plain, until now 0.3 s a step'
     )
     assert entry.summary(Cost(40_000_000, 4e9), 0.25) == changes + (
         '    4 blocks, 9 branches, 41.38 M parameters (average 40.5, plain 40), '
-        '5.051 G multiply-adds (plain 4), until now 0.3 s a step (plain 0.25)'
+        '5.051 G multiply-adds (plain 4), 1.235 times the cost of plain, until now 0.3 s a step (plain 0.25)'
     )
     assert 'no change\n' in Entry(1, 'epoch', 5, blocks=0, branches=0).summary()
     assert Entry.from_data(asdict(entry)) == entry
@@ -199,6 +200,7 @@ def test_an_entry_of_version_0_1_0():
         {'update': 1, 'unit': 'epoch', 'at': 3, 'parameters': 'many'},
         {'update': 1, 'unit': 'epoch', 'at': 3, 'iteration': 'late'},
         {'update': 1, 'unit': 'epoch', 'at': 3, 'timing': {'steps': 'few'}},
+        {'update': 1, 'unit': 'epoch', 'at': 3, 'cost_ratio': 'much'},
         {'update': 'first', 'epoch': 3},
     ],
 )
