@@ -66,8 +66,8 @@ from dyrep_mm.surgery.candidates import (
     leave_alone,
     left_alone,
 )
-from dyrep_mm.surgery.copies import Copies, find_copies, own_part
 from dyrep_mm.surgery.charge import Costs
+from dyrep_mm.surgery.copies import Copies, find_copies, own_part
 from dyrep_mm.surgery.cost import SizeWatch, cost_of, plain_cost_of
 from dyrep_mm.surgery.rewire import INIT_SCALE
 from dyrep_mm.surgery.structure import (

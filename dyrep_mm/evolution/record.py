@@ -53,8 +53,9 @@ class Entry:
         timing: ``steps`` since the last update; ``step_seconds``, the median of a training
             iteration in them, without what loads data, validates or updates; ``update_seconds``,
             of this update. Empty in older journals. Entries that differ in it alone are equal.
-        cost_ratio: Multiply-adds of one forward in training after it, as blocks really run, over those of
-            the plain model, see :class:`dyrep_mm.surgery.cost.Costs`; None where not known.
+        cost_ratio: Multiply-adds of one forward in training after it, as blocks really run, over
+            those of the plain model, see :class:`dyrep_mm.surgery.charge.Costs`; None where they
+            are not known.
     """
 
     update: int
