@@ -126,7 +126,7 @@ def test_the_log_of_a_run(tmp_path):
     first, second, last = own
     assert re.match(
         r'DyRep update 1 at iteration 2: grew (\S+) \(score \S+, runner-up (?!\1)\S+ \S+\) to kxk, '
-        r'.*\n    1 blocks, \d branches, \S+ M parameters \(average \S+, plain \S+\), '
+        r'.*\n    1 block, \d branches, \S+ M parameters \(average \S+, plain \S+\), '
         r'\S+ G multiply-adds \(average \S+, plain \S+\), until now \S+ s a step \(plain \S+\)$',
         first,
     )
