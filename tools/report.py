@@ -5,6 +5,7 @@ from pathlib import Path
 
 from _cli import check_out, sentence
 
+from dyrep_mm.engine.progress import track
 from dyrep_mm.report.data import read_runs
 from dyrep_mm.report.page import make_report
 
@@ -32,6 +33,8 @@ def main() -> None:
         check_out(args.out, '.html', '.htm')
         runs = read_runs(args.runs, trust=args.trust)
         report = make_report(runs, metric=args.metric, title=args.title)
+        for picture in track(report.all_pictures(), 'drawing figures'):
+            picture.svg()  # is kept
         Path(args.out).write_text(report.html())
         print(f'{args.out}: {len(report.all_pictures())} figures of {len(runs)} runs')
         if args.figures is not None:

@@ -100,7 +100,7 @@ def structure_image(entry: Entry, importances: Mapping[str, Mapping[str, float]]
     axes = figure.add_axes(
         (left / width, below / height, 1 - (left + 0.1) / width, 0.2 * len(table) / height)
     )
-    top = np.nanmax(table, initial=0.0)
+    top = max(table[np.isfinite(table)], default=0.0)
     axes.imshow(table, cmap='cividis', vmin=0.0, vmax=top or 1.0, aspect='auto')
     for at, path in enumerate(rows):
         if path in importances:
@@ -109,10 +109,10 @@ def structure_image(entry: Entry, importances: Mapping[str, Mapping[str, float]]
             value = table[at, column]
             if name in entry.pruned.get(path, ()):
                 axes.text(column, at, PRUNED, ha='center', va='center', fontsize=9)
-            elif not np.isnan(value):
+            elif name in rows[path]:
                 tone = 'white' if value < top / 2 else 'black'
                 style = {'color': tone, 'ha': 'center', 'va': 'center', 'fontsize': 7}
-                axes.text(column, at, f'{value:.2g}', **style)
+                axes.text(column, at, f'{value:.3g}', **style)
     axes.set_xticks(range(len(names)), names, fontsize=7)
     axes.set_yticks(range(len(rows)), labels, fontsize=7, fontfamily='monospace')
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)

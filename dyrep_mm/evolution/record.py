@@ -133,7 +133,11 @@ class Entry:
         """
         parts = [self._growth(path) for path in self.grown]
         parts += [self._pruning(path) for path in self.pruned]
-        costs = [f'{self.blocks} blocks, {self.branches} branches']
+        blocks, branches = (
+            'block' + 's' * (self.blocks != 1),
+            'branch' + 'es' * (self.branches != 1),
+        )
+        costs = [f'{self.blocks} {blocks}, {self.branches} {branches}']
         if self.parameters is not None:
             now, mean = self.parameters, self.average_parameters
             base = plain and plain.parameters

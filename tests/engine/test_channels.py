@@ -126,7 +126,7 @@ def test_the_log_of_a_run(tmp_path):
     first, second, last = own
     assert re.match(
         r'DyRep update 1 at iteration 2: grew (\S+) \(score \S+, runner-up (?!\1)\S+ \S+\) to kxk, '
-        r'.*\n    1 blocks, \d branches, \S+ M parameters \(average \S+, plain \S+\), '
+        r'.*\n    1 block, \d branches, \S+ M parameters \(average \S+, plain \S+\), '
         r'\S+ G multiply-adds \(average \S+, plain \S+\), until now \S+ s a step \(plain \S+\)$',
         first,
     )
@@ -136,12 +136,13 @@ def test_the_log_of_a_run(tmp_path):
 
 
 def test_the_image_has_a_row_for_each_block():
-    """Also for one that lost its last branch."""
+    """Also for one that lost its last branch, and for numbers that are none."""
     entry = Entry(3, 'epoch', 15, {'a.conv1': ['kxk', '1x1']}, {'a.conv2': ['1x1']})
     one = {'a.conv1': {'1x1': 0.01, 'kx1': 0.02}}
+    odd = {'1x1': float('inf'), 'kx1': float('nan')}
     heights = [
         structure_image(Entry(3, 'epoch', 15), rows).shape[0]
-        for rows in ({}, one, {**one, 'b': {'1x1': 0.0}}, {**one, 'b': {}, 'c': {}})
+        for rows in ({}, one, {**one, 'b': {'1x1': 0.0}}, {**one, 'b': {}, 'c': odd})
     ]
     assert heights[0] == heights[1] < heights[2] < heights[3]
     assert structure_image(entry, one).shape[0] == heights[2]
