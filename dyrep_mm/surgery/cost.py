@@ -9,9 +9,10 @@ structure is counted from it.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -26,7 +27,15 @@ from dyrep_mm.reparam.geometry import Pair
 from dyrep_mm.reparam.norms import NormFactory, norm_like
 from dyrep_mm.surgery.copies import Copies, following, with_copies
 from dyrep_mm.surgery.structure import Structure
-from dyrep_mm.surgery.tree import any_norm, depth_of, get_module, near_norm, outermost, replace
+from dyrep_mm.surgery.tree import (
+    any_norm,
+    blocks_of,
+    depth_of,
+    get_module,
+    near_norm,
+    outermost,
+    replace,
+)
 
 #: By path of a conv, block or linear layer, its calls: how many maps for one image, their height
 #: and width in pixels; for a linear layer how many rows, 1 and 1.
@@ -127,11 +136,15 @@ class Costs:
     kernels that they need, all others as their convs. Blocks are run on torch's meta device,
     which knows shapes alone. What the maps of a batch cost besides, norms and sums, is not counted.
 
+    Args:
+        prepare: Does to a block that a change would make what a training does to new blocks.
+
     Attributes:
         known: Whether :meth:`learn` was called.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, prepare: Callable[[Block], None] = lambda _: None) -> None:
+        self.prepare = prepare
         self.known = False
         self._sizes: Sizes = {}
         self._images = 1
@@ -156,17 +169,26 @@ class Costs:
     def of(self, model: nn.Module) -> CostOf:
         """The cost of ``model`` as it is now, and of its changes."""
         copies = following(model, self._copies)
-        return CostOf(model, self._sizes, self._images, self._autocast, copies)
+        return CostOf(model, self._sizes, self._images, self._autocast, copies, self.prepare)
 
 
 class CostOf:
     """The cost of one model in its present structure and modes, and of changes to it."""
 
-    def __init__(self, model: nn.Module, sizes: Sizes, images: int, autocast: bool, copies: Copies):
+    def __init__(
+        self,
+        model: nn.Module,
+        sizes: Sizes,
+        images: int,
+        autocast: bool,
+        copies: Copies,
+        prepare: Callable[[Block], None],
+    ):
         self._model = model
         self._images = images
         self._autocast = autocast
         self._copies = copies
+        self._prepare = prepare
         self._spare = any_norm(model)
         self._seen: dict[tuple, float] = {}
         self._parts = {}
@@ -223,8 +245,9 @@ class CostOf:
         )
         if key not in self._seen:
             norm = norm_like(near_norm(self._model, path) or self._spare)
-            part = _changed(path, _on_meta(part), grow, prune, norm)
+            part = _changed(path, _on_meta(part), grow, prune, norm, self._prepare)
             conv = origin_of(part)
+            _run_here(part, self._autocast)
             self._seen[key] = sum(
                 self._run(part, n, (int(h), int(w))) - n * multiply_adds_of(conv, (int(h), int(w)))
                 for n, h, w in calls
@@ -236,9 +259,7 @@ class CostOf:
         maps = max(round(count * self._images), 1)
         weight = origin_of(part).weight
         x = torch.empty(maps, part.in_channels, *size, dtype=weight.dtype, device='meta')
-        if not isinstance(part, Block) or not (
-            part.is_linear or (not self._autocast and part.may_merge(x))
-        ):
+        if not isinstance(part, Block):
             return count * multiply_adds_of(part, size)
         with torch.no_grad(), _Counter() as counter:
             part(x)
@@ -262,8 +283,10 @@ class _Counter(TorchDispatchMode):
         name = func.overloadpacket.__name__
         # What is written in Python for this device.
         if name in _ELEMENTWISE:
-            shapes = [value.shape for value in args if isinstance(value, Tensor)]
-            return args[0].new_empty(torch.broadcast_shapes(*shapes))
+            tensors = [value for value in args if isinstance(value, Tensor)]
+            shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+            dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+            return tensors[0].new_empty(shape, dtype=dtype)
         if 'batch_norm' in name:
             x = args[0]
             rest = [x.new_empty(x.shape[1]) for _ in func._schema.returns[1:]]
@@ -291,7 +314,25 @@ def _on_meta(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def _changed(path: str, part: nn.Module, grow: dict, prune: dict, norm: NormFactory) -> nn.Module:
+def _run_here(part: nn.Module, autocast: bool) -> None:
+    """Make a part on the meta device run as the real one does: across processes and under autocast
+    no branch merges with the statistics of the batch."""
+    across = [m for m in part.modules() if isinstance(m, nn.SyncBatchNorm)]
+    for norm in across:  # it refuses this device
+        norm.__class__ = nn.BatchNorm2d
+    if autocast or across:
+        for block in blocks_of(part).values():
+            block.may_merge = lambda _: False
+
+
+def _changed(
+    path: str,
+    part: nn.Module,
+    grow: dict,
+    prune: dict,
+    norm: NormFactory,
+    prepare: Callable[[Block], None],
+) -> nn.Module:
     """``part``, a copy on the meta device of what is at ``path``, after a change."""
     holder = nn.ModuleDict({'part': part})
 
@@ -302,7 +343,9 @@ def _changed(path: str, part: nn.Module, grow: dict, prune: dict, norm: NormFact
     with torch.random.fork_rng(devices=[]), torch.device('meta'):
         for inside in sorted(grow, key=lambda inside: inside.count('.')):
             conv = get_module(holder, at(inside))
-            replace(holder, at(inside), Block(conv, grow[inside], norm))
+            block = Block(conv, grow[inside], norm)
+            prepare(block)
+            replace(holder, at(inside), block)
     for inside in sorted(prune, key=lambda inside: inside.count('.'), reverse=True):
         block = get_module(holder, at(inside))
         for name in set(prune[inside]):

@@ -211,6 +211,32 @@ def test_changes_cost_what_the_model_costs_after_them(mode):
         assert expected == 1.0
 
 
+def test_across_processes_no_branch_merges():
+    model, x, _ = in_mode('merged')
+    watch, costs = SizeWatch(model), Costs()
+    model(x)
+    sizes = watch.finish()
+    costs.learn(sizes, watch.images)
+    growth = {'conv1': ['kxk', '1x1', 'identity', '1x1-avg']}
+    mixed = costs.of(model)(growth)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    pointwise = nn.ModuleDict({'conv1': nn.Conv2d(8, 8, 1)})
+    extra = 2 * multiply_adds(pointwise, {'conv1': sizes['conv1']})
+    assert costs.of(model)(growth) != mixed
+    assert (costs.of(model)(growth) - 1) * costs.of(model).plain == pytest.approx(extra)
+
+
+def test_new_blocks_are_prepared():
+    model, x, _ = in_mode('merged')
+    plain = costs_of(model, x)
+    linear = Costs(lambda block: block.eval())
+    watch = SizeWatch(model)
+    model(x)
+    linear.learn(watch.finish(), watch.images)
+    growth = {'conv1': ['kxk', '1x1', '1xk', 'kx1']}
+    assert linear.of(model)(growth) == 1.0 < plain.of(model)(growth)
+
+
 def test_asking_for_the_cost_changes_nothing():
     model, x, _ = in_mode('merged')
     costs = costs_of(model, x)
