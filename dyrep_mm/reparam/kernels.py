@@ -30,19 +30,27 @@ def make_kernel(weight: Tensor, bias: Tensor | None = None) -> Kernel:
 
 
 def fold_bn(
-    kernel: Kernel, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+    kernel: Kernel,
+    mean: Tensor,
+    var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    unit: Tensor | None = None,
 ) -> Kernel:
-    """Kernel of ``BN(conv(x))`` with fixed statistics (Eq. 8); every BN tensor is (out,)."""
+    """Kernel of ``unit * BN(conv(x))`` with fixed statistics (Eq. 8); every BN tensor is (out,)."""
     scale = torch.rsqrt(var + eps)
     if gamma is not None:
         scale = scale * gamma
     bias = (kernel.bias - mean) * scale
     if beta is not None:
         bias = bias + beta
+    if unit is not None:  # last, so that a bias of zero stays zero
+        scale, bias = scale * unit, bias * unit
     return Kernel(kernel.weight * scale.view(-1, 1, 1, 1), bias)
 
 
-def _middle(weight: Tensor, size: Sequence[int]) -> Tensor:
+def middle(weight: Tensor, size: Sequence[int]) -> Tensor:
     """View of the ``size`` (kh, kw) in the middle of ``weight`` (..., kh, kw)."""
     rows, cols = ((n - k) // 2 for n, k in zip(weight.shape[-2:], size, strict=True))
     return weight.narrow(-2, rows, size[0]).narrow(-1, cols, size[1])
@@ -64,7 +72,7 @@ class _Sum(torch.autograd.Function):
         else:
             total = weights[0].new_zeros(*weights[0].shape[:-2], *size)
         for weight in weights:
-            _middle(total, weight.shape[-2:]).add_(weight)
+            middle(total, weight.shape[-2:]).add_(weight)
         return total
 
     @staticmethod
@@ -74,7 +82,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(_middle(grad, size) for size in ctx.sizes)
+        return None, *(middle(grad, size) for size in ctx.sizes)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Tensor:
