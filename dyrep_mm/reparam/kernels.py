@@ -50,7 +50,7 @@ def fold_bn(
     return Kernel(kernel.weight * scale.view(-1, 1, 1, 1), bias)
 
 
-def middle(weight: Tensor, size: Sequence[int]) -> Tensor:
+def _middle(weight: Tensor, size: Sequence[int]) -> Tensor:
     """View of the ``size`` (kh, kw) in the middle of ``weight`` (..., kh, kw)."""
     rows, cols = ((n - k) // 2 for n, k in zip(weight.shape[-2:], size, strict=True))
     return weight.narrow(-2, rows, size[0]).narrow(-1, cols, size[1])
@@ -72,7 +72,7 @@ class _Sum(torch.autograd.Function):
         else:
             total = weights[0].new_zeros(*weights[0].shape[:-2], *size)
         for weight in weights:
-            middle(total, weight.shape[-2:]).add_(weight)
+            _middle(total, weight.shape[-2:]).add_(weight)
         return total
 
     @staticmethod
@@ -82,7 +82,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(middle(grad, size) for size in ctx.sizes)
+        return None, *(_middle(grad, size) for size in ctx.sizes)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Tensor:
