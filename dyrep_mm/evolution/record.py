@@ -15,6 +15,7 @@ from numbers import Real
 from typing import Any
 
 from dyrep_mm.errors import DyRepError
+from dyrep_mm.reparam.norms import BRANCH_NORMS
 from dyrep_mm.surgery.cost import Cost, Sizes, are_sizes
 from dyrep_mm.surgery.structure import Structure, check_structure
 from dyrep_mm.surgery.tree import in_scope
@@ -272,6 +273,7 @@ class Record:
             that an older version began.
         iteration: Iterations that are complete.
         timing: What a clock measured.
+        branch_norm: What the norms of branches normalised with, see docs/norms.md.
     """
 
     structure: Structure | None = None
@@ -285,6 +287,7 @@ class Record:
     images: int | None = None
     autocast: bool = False
     left_alone: dict[str, str] = field(default_factory=dict)
+    branch_norm: str = 'batch'
     plain: Cost | None = None
     start: Cost | None = None
     iteration: int = 0
@@ -403,6 +406,7 @@ class Record:
         _check(isinstance(record.left_alone, Mapping), 'left_alone')
         for path, reason in record.left_alone.items():
             _check(isinstance(path, str) and isinstance(reason, str), 'left_alone')
+        _check(record.branch_norm in BRANCH_NORMS, 'branch_norm')
         if record.sizes is not None:
             _check(are_sizes(record.sizes), 'sizes')
         images = record.images

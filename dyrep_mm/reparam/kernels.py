@@ -30,15 +30,23 @@ def make_kernel(weight: Tensor, bias: Tensor | None = None) -> Kernel:
 
 
 def fold_bn(
-    kernel: Kernel, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+    kernel: Kernel,
+    mean: Tensor,
+    var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    unit: Tensor | None = None,
 ) -> Kernel:
-    """Kernel of ``BN(conv(x))`` with fixed statistics (Eq. 8); every BN tensor is (out,)."""
+    """Kernel of ``unit * BN(conv(x))`` with fixed statistics (Eq. 8); every BN tensor is (out,)."""
     scale = torch.rsqrt(var + eps)
     if gamma is not None:
         scale = scale * gamma
     bias = (kernel.bias - mean) * scale
     if beta is not None:
         bias = bias + beta
+    if unit is not None:  # last, so that a bias of zero stays zero
+        scale, bias = scale * unit, bias * unit
     return Kernel(kernel.weight * scale.view(-1, 1, 1, 1), bias)
 
 
