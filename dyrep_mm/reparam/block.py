@@ -21,9 +21,10 @@ from dyrep_mm.reparam.branches import (
     fitting,
     kernel_of,
     multiply_adds_of,
+    path_of,
 )
 from dyrep_mm.reparam.geometry import ConvSpec, Pair, output_size
-from dyrep_mm.reparam.kernels import Kernel, add, is_recorded, make_kernel
+from dyrep_mm.reparam.kernels import Kernel, add, is_recorded, make_kernel, merge
 from dyrep_mm.reparam.moments import BlockInput
 from dyrep_mm.reparam.norms import NormFactory, counts_other_processes, statistics_kept
 
@@ -187,7 +188,8 @@ class Block(nn.Module):
         kind = self.origin_std.device.type
         # An export would record the context too.
         with torch.autocast(kind, enabled=False) if _is_autocast(kind) else nullcontext():
-            return add(map(kernel_of, self.branches.values()), self.kernel_size)
+            paths = map(path_of, self.branches.values())
+            return merge(paths, self.kernel_size, self.groups)
 
     def multiply_adds(self, size: Pair) -> int:
         """Of all branches, each run by itself, for one map of ``size`` (h, w)."""

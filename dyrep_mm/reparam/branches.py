@@ -32,11 +32,13 @@ from dyrep_mm.reparam.geometry import (
 )
 from dyrep_mm.reparam.kernels import (
     Kernel,
+    Norm,
+    Stage,
     average_weight,
     chain,
-    fold_bn,
     identity_weight,
     make_kernel,
+    merge,
 )
 from dyrep_mm.reparam.moments import BlockInput, fold_batch
 from dyrep_mm.reparam.norms import NormFactory, check_norm
@@ -47,6 +49,11 @@ def kernel_of(module: nn.Module) -> Kernel:
     if isinstance(module, nn.Conv2d):
         return make_kernel(module.weight, module.bias)
     return module.kernel()
+
+
+def path_of(module: nn.Module) -> list[Stage]:
+    """A conv, a branch or a block as stages, in eval mode."""
+    return module.path() if isinstance(module, Branch) else [Stage(*kernel_of(module))]
 
 
 def multiply_adds_of(module: nn.Module, size: Pair) -> int:
@@ -110,13 +117,17 @@ class Branch(nn.Module):
 
     def kernel(self) -> Kernel:
         """This branch as one kernel, with the running statistics."""
-        merged = None
+        path = self.path()
+        return merge([path], path[-1].weight.shape[-2:], self.spec.groups)
+
+    def path(self) -> list[Stage]:
+        """The stages with the running statistics, for :func:`~dyrep_mm.reparam.kernels.merge`."""
+        path = []
         for operation, bn in self.stages():
             check_norm(bn)
-            if merged is not None:
-                operation = chain(merged, operation, self.spec.groups)
-            merged = fold_bn(operation, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
-        return merged
+            norm = Norm(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
+            path.append(Stage(*operation, norm))
+        return path
 
     def batch_kernel(self, seen: BlockInput) -> Kernel | None:
         """This branch as one kernel, its norms in the mode they are in.
