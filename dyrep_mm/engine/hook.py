@@ -49,6 +49,7 @@ from dyrep_mm.evolution.record import Entry, Record
 from dyrep_mm.evolution.rule import DyRepRule, Rule
 from dyrep_mm.registry import HOOKS
 from dyrep_mm.reparam.block import kernels_kept
+from dyrep_mm.reparam.norms import check_branch_norm
 from dyrep_mm.surgery.candidates import (
     leave_alone,
     left_alone,
@@ -95,6 +96,11 @@ class DyRepHook(Hook):
         seed: Of new branches and calibration; by default the runner's.
         recompute: Compute the outputs of branches again in the backward instead of keeping
             them: training takes less memory and more time.
+        branch_norm: What the norms of branches normalise with while they train: ``'batch'``, the
+            statistics of the batch (the paper); ``'fixed'``, those that they were calibrated
+            with, so that every block is one conv; ``'sampled'``, those of a sample of the batch.
+        remeasure: Before every so many-th update all blocks are measured again: the outputs that
+            importances are relative to, and the statistics of fixed norms; 0 never does it.
         stop_on_invalid_loss: End the run at a loss that is NaN or infinite. By default the log
             tells of the first one, and updates wait for a loss that is finite.
 
@@ -123,6 +129,8 @@ class DyRepHook(Hook):
         structure: str | os.PathLike | Mapping[str, Sequence[str]] | None = None,
         seed: int | None = None,
         recompute: bool = False,
+        branch_norm: str = 'batch',
+        remeasure: int = 1,
         stop_on_invalid_loss: bool = False,
     ):
         if interval is not None and interval is not LEFT_OUT:
@@ -144,6 +152,8 @@ class DyRepHook(Hook):
         self.structure = check_start(structure)
         self.seed = check_seed(seed)
         self.recompute = check_flag('recompute', recompute)
+        self.branch_norm = check_branch_norm(branch_norm)
+        self.remeasure = check_count('remeasure', remeasure, 0)
         self._losses = LossWatch(check_flag('stop_on_invalid_loss', stop_on_invalid_loss))
         self._started = False
         self._reception = Reception()
@@ -197,6 +207,11 @@ class DyRepHook(Hook):
         if resumes:
             check_resumable(checkpoint)
             self._record = Record.from_checkpoint(checkpoint)
+            if structure and self._record.branch_norm != self.branch_norm:
+                runner.logger.info(
+                    f'DyRep: the norms of branches go on with branch_norm={self.branch_norm!r}, '
+                    f'the checkpoint has {self._record.branch_norm!r}'
+                )
         else:
             self._record.scores = None
         checkpoint.setdefault('state_dict', OrderedDict(weights))  # where EMAHook looks for it
@@ -220,6 +235,7 @@ class DyRepHook(Hook):
         self._reception.close()
         self._stop_watching()  # of a training that did not end
         check_scope(model, self.scope)
+        self._transaction_of(runner).set_modes()
         runner.model.train()  # the library's own train() says what is frozen
         # With diff_rank_seed every rank has another; branches must be the same.
         self.seed = from_rank_0(runner.seed if self.seed is None else self.seed)
@@ -299,6 +315,7 @@ class DyRepHook(Hook):
         self._record.structure = structure_of(unwrap(runner.model))
         self._record.left_alone = left_alone(unwrap(runner.model))
         self._record.scores = self.rule.state_dict()
+        self._record.branch_norm = self.branch_norm
         self._record.to_checkpoint(checkpoint)
 
     def after_train(self, runner: Runner) -> None:
@@ -321,6 +338,7 @@ class DyRepHook(Hook):
                 init_scale=self.init_scale,
                 calibration_batches=self.calibration_batches,
                 recompute=self.recompute,
+                branch_norm=self.branch_norm,
                 copies=self._find_copies(runner),
             )
         return self._transaction
@@ -376,6 +394,8 @@ class DyRepHook(Hook):
         rank."""
         record, transaction = self._record, self._transaction_of(runner)
         record.updates += 1
+        if self.remeasure and record.updates % self.remeasure == 0:
+            transaction.remeasure(self.seed, record.updates)
         generator = make_generator(self.seed, record.updates, 'scores')
         plan = from_rank_0(self.rule.decide(transaction.model, generator))
         plan = own_part(plan, transaction.copies)

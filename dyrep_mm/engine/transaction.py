@@ -31,7 +31,7 @@ from dyrep_mm.engine.runner import (
     unwrap,
 )
 from dyrep_mm.reparam.block import origin_of
-from dyrep_mm.surgery.calibration import calibrate
+from dyrep_mm.surgery.calibration import calibrate, remeasure
 from dyrep_mm.surgery.candidates import leave_alone
 from dyrep_mm.surgery.copies import Copies, following, own_part, places_in, with_copies
 from dyrep_mm.surgery.optimizer import FreezeWatch, check_optimizer, sync_optimizer
@@ -39,15 +39,17 @@ from dyrep_mm.surgery.rewire import (
     INIT_SCALE,
     Blocks,
     adopt,
+    adopt_statistics,
     insert,
     mirror,
     prune,
     restore,
     rewire,
+    set_branch_norm,
     set_recompute,
 )
 from dyrep_mm.surgery.structure import Plan, Structure
-from dyrep_mm.surgery.tree import get_module, in_scope, replace
+from dyrep_mm.surgery.tree import blocks_of, get_module, in_scope, replace
 from dyrep_mm.surgery.usage import watch_use
 
 
@@ -63,6 +65,7 @@ class Transaction:
         init_scale: Importance of a new branch relative to its conv.
         calibration_batches: Training batches for the BN statistics of new branches.
         recompute: Compute branch outputs again in the backward instead of keeping them.
+        branch_norm: What the norms of branches normalise with, see docs/norms.md.
         copies: Momentum copies inside the model, as it was constructed.
 
     Attributes:
@@ -81,12 +84,14 @@ class Transaction:
         init_scale: float = INIT_SCALE,
         calibration_batches: int = 20,
         recompute: bool = False,
+        branch_norm: str = 'batch',
         copies: Mapping[str, str] | None = None,
     ):
         self.runner = runner
         self.init_scale = init_scale
         self.calibration_batches = calibration_batches
         self.recompute = recompute
+        self.branch_norm = branch_norm
         self.model = unwrap(runner.model)
         self.averages = averaged_models(runner)
         self.optimizer = optimizer_of(runner)
@@ -158,7 +163,7 @@ class Transaction:
 
     def follow(self) -> None:
         """Update everything that refers to the model's parameters: averages, optimizer, DDP."""
-        set_recompute(self.model, self.recompute)
+        self.set_modes()
         refresh_averages(self.model)
         for averaged in self.averages:
             broadcast_parameters(averaged.module)
@@ -171,6 +176,36 @@ class Transaction:
             self.runner.model.train()  # frozen stages and norm_eval, as the library wants them
             check_optimizer(self.optimizer, self.model, before)
         self.freezes = FreezeWatch(self.model)
+
+    def set_modes(self) -> None:
+        """Let all blocks run as the options say; modes of norms are the library's afterwards."""
+        set_recompute(self.model, self.recompute)
+        for model in (self.model, *(averaged.module for averaged in self.averages)):
+            set_branch_norm(model, self.branch_norm)
+
+    def remeasure(self, *key: Any) -> None:
+        """Measure the blocks that are there on training batches, of which training notices
+        nothing; no function changes, nor that of a copy or an average.
+
+        Args:
+            key: Seeds the choice of batches, see :meth:`change`.
+        """
+        copies, present = self.copies, blocks_of(self.model)
+        blocks = {path: b for path, b in present.items() if not in_scope(path, list(copies))}
+        if not (blocks and self.calibration_batches):
+            return
+        seed = make_seed(*key, 'measuring')
+        with random_state_kept(seed):
+            forward = calibration_forward(self.runner)
+            remeasure(self.model, blocks, self._batches(seed), forward)
+        if self.branch_norm != 'fixed':
+            return
+        for path, block in blocks.items():
+            for at in places_in(copies, path):
+                adopt_statistics(present[at], block)
+        for averaged in self.averages:
+            for path, block in blocks_of(averaged.module).items():
+                adopt_statistics(block, present[path])
 
     def _grow(self, plan: Plan, key: tuple) -> Plan:
         """Look how training uses the convs, put blocks around them and measure those on training

@@ -8,6 +8,7 @@ from numbers import Real
 from typing import Any
 
 from dyrep_mm.errors import DyRepError
+from dyrep_mm.reparam.norms import BRANCH_NORMS
 from dyrep_mm.surgery.cost import Sizes, are_sizes
 from dyrep_mm.surgery.structure import Structure, check_structure
 from dyrep_mm.version import __version__
@@ -105,6 +106,7 @@ class Record:
         sizes: Of the maps that the layers see in training, see
             :class:`dyrep_mm.surgery.cost.SizeWatch`; None if not known yet.
         left_alone: Why convs that were tried stay plain, by path.
+        branch_norm: What the norms of branches normalised with, see docs/norms.md.
     """
 
     structure: Structure | None = None
@@ -116,6 +118,7 @@ class Record:
     warned: bool = False
     sizes: Sizes | None = None
     left_alone: dict[str, str] = field(default_factory=dict)
+    branch_norm: str = 'batch'
 
     def to_checkpoint(self, checkpoint: dict) -> None:
         """Write into ``meta``, which publishing keeps, and beside it what a resume needs."""
@@ -158,6 +161,7 @@ class Record:
         _check(isinstance(record.left_alone, Mapping), 'left_alone')
         for path, reason in record.left_alone.items():
             _check(isinstance(path, str) and isinstance(reason, str), 'left_alone')
+        _check(record.branch_norm in BRANCH_NORMS, 'branch_norm')
         if record.sizes is not None:
             _check(are_sizes(record.sizes), 'sizes')
         return record

@@ -79,11 +79,24 @@ def merge(paths: Iterable[Sequence[Stage]], size: tuple[int, int], groups: int =
 
 
 def fold_bn(
-    kernel: Kernel, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+    kernel: Kernel,
+    mean: Tensor,
+    var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    unit: Tensor | None = None,
 ) -> Kernel:
-    """Kernel of ``BN(conv(x))`` with fixed statistics (Eq. 8); every BN tensor is (out,)."""
-    norm = Norm(mean, var, gamma, beta, eps)
-    return merge([[Stage(*kernel, norm)]], kernel.weight.shape[-2:])
+    """Kernel of ``unit * BN(conv(x))`` with fixed statistics (Eq. 8); every BN tensor is (out,)."""
+    scale = torch.rsqrt(var + eps)
+    if gamma is not None:
+        scale = scale * gamma
+    bias = (kernel.bias - mean) * scale
+    if beta is not None:
+        bias = bias + beta
+    if unit is not None:  # last, so that a bias of zero stays zero
+        scale, bias = scale * unit, bias * unit
+    return Kernel(kernel.weight * _column(scale), bias)
 
 
 def add(kernels: Iterable[Kernel], size: tuple[int, int]) -> Kernel:
@@ -138,25 +151,29 @@ def _scale_and_shift(stages: Sequence[Stage]) -> tuple[Tensor, Tensor]:
     """Scale and shift by which the norms change what is before them, one after another in two
     vectors: few operations, however many stages there are."""
 
+    dtype = stages[0].weight.dtype
+
     def joined(vectors: Iterable[Tensor | None], fill: float) -> Tensor | None:
         pairs = list(zip(vectors, means, strict=True))
         if all(vector is None for vector, _ in pairs):
             return None
-        vectors = [m.new_full(m.shape, fill) if v is None else v for v, m in pairs]
-        return torch.cat(vectors) if len(vectors) > 1 else vectors[0]
+        if any(vector is None for vector, _ in pairs):
+            blank = means[0].new_full((max(map(len, means)),), fill)
+            pairs = [(blank[: len(m)] if v is None else v, m) for v, m in pairs]
+        vectors = [vector for vector, _ in pairs]
+        return (torch.cat(vectors) if len(vectors) > 1 else vectors[0]).to(dtype)
 
     means, variances, gammas, betas, eps, units = zip(*(s.norm for s in stages), strict=True)
-    if len(set(eps)) > 1:
+    if any(one != eps[0] for one in eps):
         variances, eps = [v + e for v, e in zip(variances, eps, strict=True)], [0.0]
     scale = torch.rsqrt(joined(variances, 1) + eps[0])
-    unit, gamma, beta = joined(units, 1), joined(gammas, 1), joined(betas, 0)
-    if unit is not None:
-        scale = scale * unit
-        beta = None if beta is None else beta * unit
+    gamma, beta, unit = joined(gammas, 1), joined(betas, 0), joined(units, 1)
     scale = scale if gamma is None else scale * gamma
     bias, mean = joined((stage.bias for stage in stages), 0), joined(means, 0)
     mean = mean if bias is None else mean - bias
-    return scale, -mean * scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
+    beta = torch.zeros_like(mean) if beta is None else beta
+    shift = torch.addcmul(beta, mean, scale, value=-1)
+    return (scale, shift) if unit is None else (scale * unit, shift * unit)
 
 
 class _Term(NamedTuple):
@@ -183,7 +200,7 @@ def _column(vector: Tensor) -> Tensor:
     return vector.view(-1, 1, 1, 1)
 
 
-def _middle(weight: Tensor, size: Sequence[int]) -> Tensor:
+def middle(weight: Tensor, size: Sequence[int]) -> Tensor:
     """View of the ``size`` (kh, kw) in the middle of ``weight`` (..., kh, kw)."""
     for dim, k in zip((-2, -1), size, strict=True):
         if (n := weight.shape[dim]) != k:
@@ -192,8 +209,10 @@ def _middle(weight: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _rows(weight: Tensor, groups: int) -> Tensor:
-    """``weight`` (out, wide, kh, kw) as matrices (groups, out / groups * kh * kw, wide)."""
-    return weight.flatten(2).transpose(1, 2).reshape(groups, -1, weight.shape[1])
+    """Copy of ``weight`` (out, wide, kh, kw) as matrices (groups, out / groups * kh * kw, wide)."""
+    out, wide = weight.shape[:2]
+    rows = weight.reshape(out, wide, -1).transpose(1, 2)
+    return rows.clone(memory_format=torch.contiguous_format).view(groups, -1, wide)
 
 
 def _unrows(rows: Tensor, like: Tensor) -> Tensor:
@@ -223,7 +242,7 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the tensors of ``term`` from those of the sum."""
     weight, scale, first, shift = term
-    grad = _middle(grad, weight.shape[-2:])
+    grad = middle(grad, weight.shape[-2:])
     by_weight = by_scale = by_first = by_shift = None
     if first is None:
         if needed[0]:
@@ -231,13 +250,14 @@ def _gradients(
         if needed[1]:
             by_scale = (grad * weight).sum((1, 2, 3))
     elif _is_filter(term):
+        planes = grad.reshape(len(weight), -1, weight.shape[-2:].numel())
         # First all gradients as if the scale were one.
-        by_first = torch.bmm(grad.flatten(2), weight.view(len(weight), -1, 1)).unsqueeze(-1)
+        by_first = torch.bmm(planes, weight.view(len(weight), -1, 1)).unsqueeze(-1)
         by_shift = bias_grad * weight.sum((1, 2, 3))
         if needed[1]:
             by_scale = torch.addcmul((by_first * first).sum((1, 2, 3)), by_shift, shift)
         if needed[0]:
-            by_weight = torch.bmm(first.view(len(first), 1, -1), grad.flatten(2)).view(weight.shape)
+            by_weight = torch.bmm(first.view(len(first), 1, -1), planes).view(weight.shape)
             by_weight = by_weight + _column(bias_grad * shift)
         if scale is not None:
             by_first, by_shift = by_first * _column(scale), by_shift * scale
@@ -280,7 +300,7 @@ class _Sum(torch.autograd.Function):
         size: tuple[int, int], groups: int, bias: Tensor | None, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         total = None
-        bias = tensors[0].new_zeros(len(tensors[0])) if bias is None else bias.clone()
+        sums = [] if bias is None else [bias]
         for term in _terms(tensors):
             one, other, shift = _factors(term, groups)
             if total is None and other is None and one.shape[-2:] == size:
@@ -289,11 +309,14 @@ class _Sum(torch.autograd.Function):
                 if total is None:
                     narrow = one.shape[1] if other is None else max(one.shape[1], other.shape[1])
                     total = one.new_zeros(len(one), narrow, *size)
-                place = _middle(total, one.shape[-2:])
+                place = middle(total, one.shape[-2:])
                 place.add_(one) if other is None else place.addcmul_(one, other)
             if shift is not None:
-                bias += shift
-        return total, bias
+                sums.append(shift)
+        if not sums:
+            return total, one.new_zeros(len(one))
+        # An output must not be an input.
+        return total, sum(sums[1:], sums[0]) if len(sums) > 1 else sums[0].clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -304,9 +327,9 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, bias_grad: Tensor) -> tuple[Tensor | None, ...]:
+        grads = [None, None, bias_grad if ctx.needs_input_grad[2] else None]
         if torch.is_grad_enabled():  # to be differentiated again
-            return None, None, bias_grad, *_gradients_by_torch(ctx, grad, bias_grad)
-        grads: list[Tensor | None] = [None, None, bias_grad]
+            return *grads, *_gradients_by_torch(ctx, grad, bias_grad)
         for term in _terms(ctx.saved_tensors):
             needed = ctx.needs_input_grad[len(grads) : len(grads) + 4]
             if any(needed):
@@ -378,7 +401,7 @@ def identity_weight(channels: int, groups: int, like: Tensor) -> Tensor:
     """Weight (channels, channels / groups, 1, 1) that copies its input."""
     narrow = channels // groups
     eye = torch.eye(narrow, dtype=like.dtype, device=like.device)
-    return eye.repeat(groups, 1).view(channels, narrow, 1, 1)
+    return (eye.repeat(groups, 1) if groups > 1 else eye).view(channels, narrow, 1, 1)
 
 
 def average_weight(channels: int, size: tuple[int, int], like: Tensor) -> Tensor:
