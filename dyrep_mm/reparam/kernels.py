@@ -200,7 +200,7 @@ def _column(vector: Tensor) -> Tensor:
     return vector.view(-1, 1, 1, 1)
 
 
-def middle(weight: Tensor, size: Sequence[int]) -> Tensor:
+def _middle(weight: Tensor, size: Sequence[int]) -> Tensor:
     """View of the ``size`` (kh, kw) in the middle of ``weight`` (..., kh, kw)."""
     for dim, k in zip((-2, -1), size, strict=True):
         if (n := weight.shape[dim]) != k:
@@ -242,7 +242,7 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the tensors of ``term`` from those of the sum."""
     weight, scale, first, shift = term
-    grad = middle(grad, weight.shape[-2:])
+    grad = _middle(grad, weight.shape[-2:])
     by_weight = by_scale = by_first = by_shift = None
     if first is None:
         if needed[0]:
@@ -309,7 +309,7 @@ class _Sum(torch.autograd.Function):
                 if total is None:
                     narrow = one.shape[1] if other is None else max(one.shape[1], other.shape[1])
                     total = one.new_zeros(len(one), narrow, *size)
-                place = middle(total, one.shape[-2:])
+                place = _middle(total, one.shape[-2:])
                 place.add_(one) if other is None else place.addcmul_(one, other)
             if shift is not None:
                 sums.append(shift)

@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from dyrep_mm.reparam.geometry import ConvSpec, average_pool, crop, output_size, pad, subsample
-from dyrep_mm.reparam.kernels import Kernel, chain, fold_bn, is_recorded, middle
+from dyrep_mm.reparam.kernels import Kernel, chain, fold_bn, is_recorded
 
 
 class Statistics(NamedTuple):
@@ -259,8 +259,8 @@ class BlockInput(Source):
         )
 
 
-#: How many values a channel a sample has at least, where the map has them.
-SAMPLE = 1000
+#: How many values a channel a sample has at least, where the map has them: about a thousand.
+SAMPLE = 750
 
 
 class Sample(Source):
@@ -286,29 +286,53 @@ class Sample(Source):
         size = kernel.weight.shape[2:]
         if view != 'output' and size != (1, 1):
             return None
-        seen = middle(getattr(self, view), size).flatten(2)
-        weight = kernel.weight.reshape(len(seen), -1, seen.shape[-1]).to(seen.dtype)
+        seen = self._middle(size) if view == 'output' else getattr(self, view).flatten(2)
+        weight = kernel.weight.permute(0, 2, 3, 1).reshape(len(seen), -1, seen.shape[-1])
+        weight = weight.to(seen.dtype)
         var, mean = torch.var_mean(seen @ weight.transpose(-1, -2), 1, correction=0)
         return Statistics(mean.flatten() + kernel.bias, var.flatten(), seen.shape[1])
 
     def behind(self, first: Kernel) -> Source:
         return _Behind(self, first)
 
+    def _middle(self, size: tuple[int, int]) -> Tensor:
+        """The middle of what the kernel sees, (groups, places, size * channels / groups)."""
+        full = self.spec.kernel_size
+        top, left = ((n - k) // 2 for n, k in zip(full, size, strict=True))
+        if size[0] == full[0] and size[1] == full[1]:
+            return self.output.flatten(2)
+        parts = self._rows[top : top + size[0]]
+        if size[1] != full[1]:
+            columns = self._columns[top : top + size[0]]
+            parts = [part for row in columns for part in row[left : left + size[1]]]
+        parts = [part.flatten(2) for part in parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    # Taken apart once: the backward of a slice is as large as what it is a slice of.
+
+    @cached_property
+    def _rows(self) -> tuple[Tensor, ...]:
+        return self.output.unbind(2)
+
+    @cached_property
+    def _columns(self) -> list[tuple[Tensor, ...]]:
+        return [row.unbind(2) for row in self._rows]
+
     @cached_property
     def output(self) -> Tensor:
-        """What the kernel sees, (groups, places, channels / groups, kh, kw)."""
+        """What the kernel sees, (groups, places, kh, kw, channels / groups)."""
         return self._windows(self.spec)
 
     @cached_property
     def padded(self) -> Tensor:
-        """The input with its padding, (groups, places, channels / groups, 1, 1)."""
+        """The input with its padding, (groups, places, 1, 1, channels / groups)."""
         one = (1, 1)
         return self._windows(replace(self.spec, kernel_size=one, stride=one, dilation=one))
 
     @cached_property
     def pooled(self) -> Tensor:
-        """Averages over the windows, (groups, places, channels / groups, 1, 1)."""
-        return self.output.mean((-1, -2), keepdim=True)
+        """Averages over the windows, (groups, places, 1, 1, channels / groups)."""
+        return self.output.mean((2, 3), keepdim=True)
 
     def _windows(self, spec: ConvSpec) -> Tensor:
         x, batch, groups = self.x, len(self.x), spec.groups
@@ -329,8 +353,8 @@ class Sample(Source):
         values = flat.gather(2, index) * inside.reshape(batch, 1, -1)
         # Half precision is not enough for statistics.
         values = values.to(torch.promote_types(x.dtype, torch.float32))
-        values = values.view(batch, groups, -1, at[0, :, :, 0, 0].numel(), *spec.kernel_size)
-        return values.permute(1, 0, 3, 2, 4, 5).flatten(1, 2)
+        values = values.view(batch, groups, x.shape[1] // groups, -1).permute(1, 0, 3, 2)
+        return values.reshape(groups, -1, *spec.kernel_size, x.shape[1] // groups)
 
 
 class _Behind(Source):

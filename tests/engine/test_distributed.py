@@ -35,13 +35,22 @@ def assert_in_step(first: dict, second: dict, iters: int = 9, updates: int = 4) 
     assert len(first['journal']) == updates
 
 
-@pytest.mark.parametrize('case', ['average', 'scores', 'accumulate'])
+@pytest.mark.parametrize('case', ['average', 'scores', 'accumulate', 'fixed'])
 def test_ranks_stay_in_step(reports, case):
     """With an average beside the model; with ranks that disagree on what to grow; with
-    gradients that are accumulated before they are averaged."""
+    gradients that are accumulated before they are averaged; with fixed norms of branches."""
     first, second = (report[case] for report in reports)
     assert_in_step(first, second, *((10, 4) if case == 'accumulate' else ()))
     assert any(entry['pruned'] for entry in first['journal'])
+
+
+def test_fixed_statistics_are_the_same_everywhere(reports):
+    first, second = (report['fixed'] for report in reports)
+    assert first['statistics'] == second['statistics']
+
+
+def test_a_sample_of_all_processes(reports):
+    assert all(report['sampled']['apart'] < 1e-10 for report in reports)
 
 
 def test_ranks_with_seeds_of_their_own(reports):
