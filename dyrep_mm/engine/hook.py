@@ -61,7 +61,7 @@ from dyrep_mm.evolution.record import Entry, Record
 from dyrep_mm.evolution.rule import DyRepRule, Rule
 from dyrep_mm.evolution.saliency import SCORES
 from dyrep_mm.registry import HOOKS
-from dyrep_mm.reparam.block import kernels_kept
+from dyrep_mm.reparam.block import Block, kernels_kept
 from dyrep_mm.reparam.norms import check_branch_norm
 from dyrep_mm.surgery.candidates import (
     leave_alone,
@@ -187,7 +187,6 @@ class DyRepHook(Hook):
             check_number('prune_below', prune_below)
         self.prune_below = prune_below
         self.max_cost = check_budget(max_cost)
-        self.costs = Costs()
         self.max_depth = check_count('max_depth', max_depth, 1, MAX_DEPTH)
         self.structure = check_start(structure)
         self.compensate = check_flag('compensate', compensate)
@@ -196,6 +195,7 @@ class DyRepHook(Hook):
         self.seed = check_seed(seed)
         self.recompute = check_flag('recompute', recompute)
         self.branch_norm = check_branch_norm(branch_norm)
+        self.costs = Costs(self._prepare)
         self.remeasure = check_count('remeasure', remeasure, 0)
         self._losses = LossWatch(check_flag('stop_on_invalid_loss', stop_on_invalid_loss))
         self._started = False
@@ -422,6 +422,9 @@ class DyRepHook(Hook):
         runner, before = self._transaction.runner, self._transaction.batch_sampler
         seed = make_seed(self.seed, self._record.updates, 'losses')
         return mean_over_losses(runner, measure, seed, before)
+
+    def _prepare(self, block: Block) -> None:
+        block.set_branch_norm(self.branch_norm, block.training)
 
     def _learn_costs(self, transaction: Transaction) -> None:
         record = self._record

@@ -30,6 +30,7 @@ OPTIONS_OF: dict[str, dict[str, Any]] = {
         'prune_relative': False,
         'prune_below': None,
         'max_cost': None,
+        'branch_norm': 'batch',  # every branch ends in a BN
         'max_depth': 2,  # the authors' code; the paper says "recursively"
     }
 }

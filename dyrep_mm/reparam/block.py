@@ -21,9 +21,10 @@ from dyrep_mm.reparam.branches import (
     fitting,
     kernel_of,
     multiply_adds_of,
+    path_of,
 )
 from dyrep_mm.reparam.geometry import ConvSpec, Pair, output_size
-from dyrep_mm.reparam.kernels import Kernel, add, is_recorded, make_kernel
+from dyrep_mm.reparam.kernels import Kernel, add, is_recorded, make_kernel, merge
 from dyrep_mm.reparam.moments import BlockInput, Sample, Source
 from dyrep_mm.reparam.norms import (
     NormFactory,
@@ -315,6 +316,8 @@ class Block(nn.Module):
         Returns:
             None if the source does not know all that they need.
         """
+        if source is None:
+            return merge(map(path_of, self.branches.values()), self.kernel_size, self.groups)
         kernels, running = self._parts(source)
         return None if running else add(kernels, self.kernel_size)
 

@@ -33,6 +33,8 @@ from dyrep_mm.reparam.geometry import (
 )
 from dyrep_mm.reparam.kernels import (
     Kernel,
+    Norm,
+    Stage,
     average_weight,
     chain,
     identity_weight,
@@ -44,12 +46,23 @@ from dyrep_mm.reparam.norms import NormFactory, check_norm, counts_other_process
 
 def kernel_of(module: nn.Module | Kernel) -> Kernel:
     """Kernel of a conv, a branch or a block, in eval mode; of half precision in single."""
-    if isinstance(module, nn.Conv2d):
-        module = make_kernel(module.weight, module.bias)
-    if not isinstance(module, Kernel):
+    if not isinstance(module, (nn.Conv2d, Kernel)):
         return module.kernel()
+    module = make_kernel(module.weight, module.bias)
     wide = torch.promote_types(module.weight.dtype, torch.float32)
     return Kernel(module.weight.to(wide), module.bias.to(wide))
+
+
+def path_of(module: nn.Module) -> list[Stage]:
+    """A conv, a branch or a block for :func:`~dyrep_mm.reparam.kernels.merge`, in eval mode."""
+    return module.path() if isinstance(module, Branch) else [_stage_of(module)]
+
+
+def _stage_of(module: nn.Module | Kernel, norm: Norm | None = None) -> Stage:
+    if isinstance(module, (nn.Conv2d, Kernel)) and module.bias is None:
+        weight = module.weight
+        return Stage(weight.to(torch.promote_types(weight.dtype, torch.float32)), None, norm)
+    return Stage(*kernel_of(module), norm)
 
 
 def multiply_adds_of(module: nn.Module, size: Pair) -> int:
@@ -142,14 +155,24 @@ class Branch(nn.Module):
     def stages(self) -> list[tuple[Kernel | nn.Module, _BatchNorm]]:
         """The linear operations in order, each with the BN behind it.
 
-        An operation is a kernel, or a conv. A conv in which a block may grow is better given
-        itself: the block then merges as the branch does.
+        An operation is a kernel, of which the bias may be None, or a conv. A conv in which a block
+        may grow is better given itself: the block then merges as the branch does.
         """
         raise NotImplementedError
 
     def kernel(self) -> Kernel:
         """This branch as one kernel, as the block adds it, with the statistics that norms keep."""
         return self.merge()[0]
+
+    def path(self) -> list[Stage]:
+        """This branch as the block adds it, with the statistics that norms keep, not merged."""
+        path = []
+        for part, bn in self.stages():
+            check_norm(bn)
+            unit = self.unit if bn is self.bn else None
+            norm = Norm(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, unit)
+            path.append(_stage_of(part, norm))
+        return path
 
     def merge(self, source: Source | None = None) -> tuple[Kernel, bool] | None:
         """This branch as one kernel, as the block adds it, its norms in the mode they are in.
@@ -201,9 +224,9 @@ class Branch(nn.Module):
         return sum(multiply_adds_of(conv, size) for conv in self.children() if _is_conv(conv))
 
     def _copy(self) -> Kernel:
-        """The 1x1 that changes nothing."""
+        """The 1x1 that changes nothing, without a bias."""
         spec = self.spec
-        return make_kernel(identity_weight(spec.out_channels, spec.groups, self.bn.weight))
+        return Kernel(identity_weight(spec.out_channels, spec.groups, self.bn.weight), None)
 
     @torch.no_grad()
     def assume_white_input(self) -> None:
@@ -427,7 +450,7 @@ class PointwiseAverage(Branch):
     def stages(self) -> list[tuple[Kernel | nn.Module, _BatchNorm]]:
         spec = self.spec
         weight = average_weight(spec.out_channels, spec.kernel_size, self.bn.weight)
-        average = Average(*make_kernel(weight))
+        average = Average(weight, None)
         before = [] if self.pre is None else [(self.pre, self.pre_bn)]
         return [*before, (average, self.bn)]
 
