@@ -18,13 +18,13 @@ MAP = {
     'reparam': ['kernels', 'geometry', 'norms', 'moments', 'branches', 'block'],
     'surgery': [
         *('tree', 'structure', 'copies', 'candidates', 'usage', 'rewire', 'calibration'),
-        *('optimizer', 'fuse', 'cost'),
+        *('optimizer', 'outputs', 'fuse', 'cost'),
     ],
     'evolution': ['saliency', 'rule', 'record'],
     # For mmengine, which looks for `registry` at the top.
     'mmengine': ['registry', 'backbones'],
     'engine': [
-        *('checkpoint', 'runner', 'batches', 'transaction', 'pretrained'),
+        *('stock', 'checkpoint', 'runner', 'batches', 'transaction', 'pretrained'),
         *('start', 'options', 'losses', 'schedule', 'hook', 'passes', 'converter'),
     ],
 }

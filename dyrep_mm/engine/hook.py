@@ -43,6 +43,7 @@ from dyrep_mm.engine.runner import (
 )
 from dyrep_mm.engine.schedule import LEFT_OUT, Schedule, UpdateCost
 from dyrep_mm.engine.start import Reception, check_that_something_can_change, start_from
+from dyrep_mm.engine.stock import LastHook, from_stock, norms_in, to_stock
 from dyrep_mm.engine.transaction import Transaction
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.evolution.record import Entry, Record
@@ -55,6 +56,7 @@ from dyrep_mm.surgery.candidates import (
 )
 from dyrep_mm.surgery.copies import Copies, find_copies, own_part
 from dyrep_mm.surgery.cost import SizeWatch, multiply_adds
+from dyrep_mm.surgery.outputs import watch_training
 from dyrep_mm.surgery.rewire import INIT_SCALE
 from dyrep_mm.surgery.structure import (
     MAX_DEPTH,
@@ -154,6 +156,8 @@ class DyRepHook(Hook):
         self._handles: list[Any] = []
         self._copies: Copies | None = None
         self._inference = ExitStack()
+        self._last = LastHook(self._to_stock)
+        self._told: set[str] = set()  # convs with a bias that the stock model has not
         self.rule = self.make_rule()
 
     def make_rule(self) -> Rule:
@@ -191,7 +195,11 @@ class DyRepHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         refuse_unsupported(runner)  # FlexibleRunner loads before before_run
+        if (with_branches := from_stock(checkpoint)) is not checkpoint:
+            checkpoint.clear()
+            checkpoint.update(with_branches)
         structure, weights = structure_in(checkpoint), weights_of(checkpoint)
+        norms = norms_in(checkpoint)
         # Once there are weights, load_checkpoint is a call of the user's own.
         resumes = runner._resume and not runner._has_loaded
         if resumes:
@@ -205,6 +213,7 @@ class DyRepHook(Hook):
 
         def received(changed: bool) -> None:
             # A resumed run had its start already, also if it has not grown yet.
+            transaction.accept_norms(norms)
             grown = bool(structure_of(model))
             self._started = grown or (resumes and self._record.structure is not None)
             if resumes:
@@ -236,6 +245,10 @@ class DyRepHook(Hook):
             runner.logger.info(f'DyRep: starts with {len(blocks_of(model))} blocks')
         self._started = True
         self._handles = [model.register_forward_pre_hook(lambda *_: transaction.freezes.follow())]
+        # Where weights with branches came without the norms that follow them.
+        self._handles += watch_training(
+            model, lambda: transaction.unwatched, transaction.learn_norms
+        )
         if self.schedule.interval is None:
             return
         trouble = check_that_something_can_change(model, self.scope, self.max_depth, self.branches)
@@ -300,6 +313,22 @@ class DyRepHook(Hook):
         self._record.left_alone = left_alone(unwrap(runner.model))
         self._record.scores = self.rule.state_dict()
         self._record.to_checkpoint(checkpoint)
+        if runner.hooks[-1] is not self._last:
+            # The walk over the hooks that has come here goes on to it.
+            if self._last in runner.hooks:
+                runner.hooks.remove(self._last)
+            runner.register_hook(self._last)
+
+    def _to_stock(self, runner: Runner, checkpoint: dict) -> None:
+        transaction = self._transaction_of(runner)
+        biased = to_stock(checkpoint, transaction.model, transaction.norms)
+        if new := [path for path in biased if path not in self._told]:
+            self._told.update(new)
+            self._warn(
+                runner,
+                f'checkpoints have a bias for {", ".join(new)} that the plain model has not: no BN '
+                'is known that takes all of the output, so the plain config must give one (bias)',
+            )
 
     def after_train(self, runner: Runner) -> None:
         self._record.scores = self.rule.state_dict()  # where another train() goes on
