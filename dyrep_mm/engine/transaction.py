@@ -36,6 +36,7 @@ from dyrep_mm.surgery.calibration import calibrate
 from dyrep_mm.surgery.candidates import leave_alone
 from dyrep_mm.surgery.copies import Copies, following, own_part, places_in, with_copies
 from dyrep_mm.surgery.optimizer import FreezeWatch, check_optimizer, sync_optimizer
+from dyrep_mm.surgery.outputs import Norms, OutputWatch
 from dyrep_mm.surgery.rewire import (
     INIT_SCALE,
     Blocks,
@@ -47,7 +48,6 @@ from dyrep_mm.surgery.rewire import (
     rewire,
     set_recompute,
 )
-from dyrep_mm.surgery.outputs import Norms, OutputWatch
 from dyrep_mm.surgery.structure import Plan, Structure, altered
 from dyrep_mm.surgery.tree import get_module, in_scope, outermost, replace
 from dyrep_mm.surgery.usage import watch_use

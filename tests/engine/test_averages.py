@@ -9,7 +9,6 @@ from mmengine.model import BaseAveragedModel, averaged_model
 
 import dyrep_mm
 from dyrep_mm import grow
-from dyrep_mm.engine.checkpoint import load_checkpoint
 from dyrep_mm.engine.runner import refresh_average
 from dyrep_mm.engine.transaction import Transaction
 from dyrep_mm.errors import DyRepError
