@@ -173,8 +173,9 @@ def watch_training(
         if watches:
             watch = watches.pop()
             watch.__exit__(None, None, None)
-            watch.note(output)
-            learn(watch.norms())
+            if output is not None:  # it did not end
+                watch.note(output)
+                learn(watch.norms())
 
     return [
         model.register_forward_pre_hook(before),

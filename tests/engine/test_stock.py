@@ -322,7 +322,7 @@ def test_what_both_models_share_may_be_edited(tmp_path, conv2):
     content = load_checkpoint(conv2)
     content['state_dict']['head.weight'] = torch.full((2, 8), 3.0)
     torch.save(content, tmp_path / 'edited.pth')
-    run = runner(tmp_path, [dict(HOOK)], iters=1, load_from=str(tmp_path / 'edited.pth'))
+    run = runner(tmp_path, [dict(HOOK)], iters=2, load_from=str(tmp_path / 'edited.pth'))
     call_at(run, lambda run: run.model.head.weight.eq(3).all() or 1 / 0, 'before_train')
     run.train()
     assert structure_of(run.model)
@@ -400,7 +400,7 @@ def test_the_tool_writes_the_weights_that_were_there(tmp_path, saved, config, ke
 def publish(library: str, source: Path, out: Path, monkeypatch, **options) -> Path:
     """What the publish tool of a library makes of a checkpoint."""
     root = Path(importlib.util.find_spec(library).origin).parent
-    file = root / '.mim/tools/model_converters/publish_model.py'
+    (file,) = root.glob('.mim/tools/*/publish_model.py')
     spec = importlib.util.spec_from_file_location(f'publish_{library}', file)
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
@@ -425,9 +425,8 @@ def test_published_files_work_fuse_and_start_a_run(tmp_path, config, monkeypatch
     source = shutil.copy(tmp_path / 'run/iter_5.pth', tmp_path / 'source.pth')
     file = publish(library, source, tmp_path / 'public.pth', monkeypatch, no_ema=bool(raw))
     content = load_checkpoint(file)
-    assert not {'optimizer', 'message_hub', 'ema_state_dict'} & content.keys()
-    if library != 'mmpretrain':
-        assert content.keys() == {'meta', 'state_dict'}
+    gone = {'mmdet': {'optimizer', BRANCHES}, 'mmpretrain': {'optimizer', 'ema_state_dict'}}
+    assert not gone.get(library, {'optimizer'}) & content.keys()
     is_average = average and not raw
     model = average_of(run) if is_average else run.model
     assert_same(output_of(stock(file), images()), output_of(model, images()), scale=10)
