@@ -322,7 +322,7 @@ def test_what_both_models_share_may_be_edited(tmp_path, conv2):
     content = load_checkpoint(conv2)
     content['state_dict']['head.weight'] = torch.full((2, 8), 3.0)
     torch.save(content, tmp_path / 'edited.pth')
-    run = runner(tmp_path, [dict(HOOK)], iters=2, load_from=str(tmp_path / 'edited.pth'))
+    run = runner(tmp_path, [dict(HOOK)], iters=3, load_from=str(tmp_path / 'edited.pth'))
     call_at(run, lambda run: run.model.head.weight.eq(3).all() or 1 / 0, 'before_train')
     run.train()
     assert structure_of(run.model)
