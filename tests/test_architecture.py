@@ -18,13 +18,13 @@ MAP = {
     'reparam': ['kernels', 'geometry', 'norms', 'moments', 'branches', 'block'],
     'surgery': [
         *('tree', 'structure', 'copies', 'candidates', 'usage', 'rewire', 'calibration'),
-        *('optimizer', 'fuse', 'cost'),
+        *('optimizer', 'outputs', 'fuse', 'cost', 'charge'),
     ],
-    'evolution': ['operations', 'saliency', 'metrics', 'gain', 'rule', 'record'],
+    'evolution': ['operations', 'saliency', 'metrics', 'gain', 'budget', 'rule', 'record'],
     # For mmengine, which looks for `registry` at the top.
     'mmengine': ['registry', 'backbones'],
     'engine': [
-        *('checkpoint', 'runner', 'batches', 'progress', 'transaction', 'pretrained'),
+        *('stock', 'checkpoint', 'runner', 'batches', 'progress', 'transaction', 'pretrained'),
         *('start', 'options', 'losses', 'schedule', 'times', 'channels', 'hook'),
         *('passes', 'converter'),
     ],

@@ -54,6 +54,7 @@ from dyrep_mm.engine.runner import (
 )
 from dyrep_mm.engine.schedule import LEFT_OUT, Schedule, UpdateCost, iterations_per_epoch
 from dyrep_mm.engine.start import Reception, check_that_something_can_change, start_from
+from dyrep_mm.engine.stock import LastHook, from_stock, norms_in, to_stock
 from dyrep_mm.engine.times import StepTimes
 from dyrep_mm.engine.transaction import Transaction
 from dyrep_mm.errors import DyRepError
@@ -70,6 +71,7 @@ from dyrep_mm.surgery.candidates import (
 from dyrep_mm.surgery.charge import Costs
 from dyrep_mm.surgery.copies import Copies, find_copies, own_part
 from dyrep_mm.surgery.cost import SizeWatch, cost_of, plain_cost_of
+from dyrep_mm.surgery.outputs import watch_training
 from dyrep_mm.surgery.rewire import INIT_SCALE
 from dyrep_mm.surgery.structure import (
     MAX_DEPTH,
@@ -208,6 +210,8 @@ class DyRepHook(Hook):
         self._handles: list[Any] = []
         self._copies: Copies | None = None
         self._inference = ExitStack()
+        self._last = LastHook(self._to_stock)
+        self._told: set[str] = set()  # convs with a bias that the stock model has not
         self.rule = self.make_rule()
 
     def make_rule(self) -> Rule:
@@ -251,7 +255,11 @@ class DyRepHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         refuse_unsupported(runner)  # FlexibleRunner loads before before_run
+        if (with_branches := from_stock(checkpoint)) is not checkpoint:
+            checkpoint.clear()
+            checkpoint.update(with_branches)
         structure, weights = structure_in(checkpoint), weights_of(checkpoint)
+        norms = norms_in(checkpoint)
         # Once there are weights, load_checkpoint is a call of the user's own.
         resumes = runner._resume and not runner._has_loaded
         if resumes:
@@ -270,6 +278,7 @@ class DyRepHook(Hook):
 
         def received(changed: bool) -> None:
             # A resumed run had its start already, also if it has not grown yet.
+            transaction.accept_norms(norms)
             grown = bool(structure_of(model))
             self._started = grown or (resumes and self._record.structure is not None)
             if resumes:
@@ -310,6 +319,10 @@ class DyRepHook(Hook):
         self._started = True
         self._handles = [model.register_forward_pre_hook(lambda *_: transaction.freezes.follow())]
         self._steps = StepTimes(self._record.timing)
+        # Where weights with branches came without the norms that follow them.
+        self._handles += watch_training(
+            model, lambda: transaction.unwatched, transaction.learn_norms
+        )
         if self.schedule.interval is None:
             self._watch_costs(model)
             return
@@ -389,6 +402,22 @@ class DyRepHook(Hook):
         self._record.timing = self._steps.timing(self._record.is_plain)
         self._record.branch_norm = self.branch_norm
         self._record.to_checkpoint(checkpoint)
+        if runner.hooks[-1] is not self._last:
+            # The walk over the hooks that has come here goes on to it.
+            if self._last in runner.hooks:
+                runner.hooks.remove(self._last)
+            runner.register_hook(self._last)
+
+    def _to_stock(self, runner: Runner, checkpoint: dict) -> None:
+        transaction = self._transaction_of(runner)
+        biased = to_stock(checkpoint, transaction.model, transaction.norms)
+        if new := [path for path in biased if path not in self._told]:
+            self._told.update(new)
+            self._warn(
+                runner,
+                f'checkpoints have a bias for {", ".join(new)} that the plain model has not: no BN '
+                'is known that takes all of the output, so the plain config must give one (bias)',
+            )
 
     def after_train(self, runner: Runner) -> None:
         self._record.scores = self.rule.state_dict()  # where another train() goes on
