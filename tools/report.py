@@ -25,7 +25,8 @@ def main() -> None:
     parser.add_argument('--figures', help='folder for an SVG and a PNG file of each figure')
     parser.add_argument(
         '--story',
-        help='SVG file of the block that changed most, from conv to conv, of the first run that has one',
+        help='SVG file of one block from conv to conv: the one that changed most in the first run '
+        'that has any',
     )
     parser.add_argument('--metric', help='validation metric to show, as in the log')
     parser.add_argument('--title', help='title of the page')
