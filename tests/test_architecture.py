@@ -24,8 +24,9 @@ MAP = {
     # For mmengine, which looks for `registry` at the top.
     'mmengine': ['registry', 'backbones'],
     'engine': [
-        *('checkpoint', 'runner', 'batches', 'transaction', 'pretrained'),
-        *('start', 'options', 'losses', 'schedule', 'times', 'hook', 'passes', 'converter'),
+        *('checkpoint', 'runner', 'batches', 'progress', 'transaction', 'pretrained'),
+        *('start', 'options', 'losses', 'schedule', 'times', 'channels', 'hook'),
+        *('passes', 'converter'),
     ],
 }
 ORDER = [

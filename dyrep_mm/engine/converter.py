@@ -32,6 +32,7 @@ from dyrep_mm.engine.passes import (
     tensors_in,
 )
 from dyrep_mm.engine.pretrained import DyRepPretrained
+from dyrep_mm.engine.progress import stage
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.evolution.record import KEY
 from dyrep_mm.registry import TASK_UTILS
@@ -200,6 +201,7 @@ def fuse_checkpoint(
     if not 0 <= tolerance < math.inf:
         raise DyRepError(f'tolerance is a finite number of at least 0, got {tolerance}')
     _check_out(out, checkpoint)
+    stage('reading the checkpoint')
     loaded, structure = load_grown(checkpoint, trust=trust)
     cfg = read_config(config)
     model, plain = build_model(cfg), build_model(cfg)
@@ -210,12 +212,14 @@ def fuse_checkpoint(
     blocks = len(blocks_of(model))
     say(f'fusing the {weights} that a test of {checkpoint} uses: {blocks} blocks')
 
+    stage('looking for images that the model takes')
     # In float64, which holds the model's own numbers; the file gets them rounded once.
     exact, biased = copy.deepcopy(model).double(), []
     dtypes = {name: tensor.dtype for name, tensor in plain.state_dict().items()}
     inputs, passes = find_passes(exact, plain, sizes or [IMAGE_SIZE, *sizes_in(cfg)])
     for path in passes.unreached:
         say(f'{path} is in no forward that could be made: it is verified by itself, norms left out')
+    stage('fusing')
     fused = fuse(exact, inputs, forward=passes)
     plain.double()
     for path in _transplant(fused, plain, checkpoint):
@@ -223,8 +227,10 @@ def fuse_checkpoint(
         dtypes[f'{path}.bias'] = dtypes[f'{path}.weight']
         why = 'no BN takes its output' if path not in passes.unreached else 'it has no known BN'
         say(f'{path} gains a bias: {why}, so its plain config must have one')
+    stage('verifying in float64')
     error64 = difference(exact, plain, inputs, passes)
     state = {name: tensor.to(dtypes[name]) for name, tensor in plain.state_dict().items()}
+    stage('verifying in float32')
     error32 = difference(model, plain.float(), inputs.float(), passes)
     say(
         f'relative difference of outputs on images of {shape_of(inputs)}: '

@@ -17,6 +17,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from dyrep_mm.engine.batches import batch_sampler_before, can_draw, check_batches
+from dyrep_mm.engine.channels import tell_backends
 from dyrep_mm.engine.checkpoint import (
     check_resumable,
     structure_in,
@@ -403,6 +404,7 @@ class DyRepHook(Hook):
         entry = replace(entry, epoch=seen, timing=self._steps.updated(time.perf_counter() - begin))
         record.journal.append(entry)
         runner.logger.info(f'DyRep {entry.summary(record.plain, before.plain_step)}')
+        tell_backends(runner, entry, blocks_of(transaction.model))
         self.rule.watch(transaction.model)
         return plan
 

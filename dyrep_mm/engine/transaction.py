@@ -19,6 +19,7 @@ from dyrep_mm.engine.batches import (
     can_draw,
     random_state_kept,
 )
+from dyrep_mm.engine.progress import track
 from dyrep_mm.engine.runner import (
     averaged_models,
     broadcast_parameters,
@@ -228,5 +229,6 @@ class Transaction:
         """Training batches to look at and to measure on; None if there is none."""
         if can_draw(self.runner) or self.calibration_batches:
             count = max(self.calibration_batches, 1)
-            return calibration_batches(self.runner, count, seed, self.batch_sampler)
+            batches = calibration_batches(self.runner, count, seed, self.batch_sampler)
+            return track(batches, 'calibrating new branches', count)
         return None if self.last_batch is None else iter([self.last_batch])

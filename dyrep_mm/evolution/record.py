@@ -126,7 +126,11 @@ class Entry:
         """
         parts = [self._growth(path) for path in self.grown]
         parts += [self._pruning(path) for path in self.pruned]
-        costs = [f'{self.blocks} blocks, {self.branches} branches']
+        blocks, branches = (
+            'block' + 's' * (self.blocks != 1),
+            'branch' + 'es' * (self.branches != 1),
+        )
+        costs = [f'{self.blocks} {blocks}, {self.branches} {branches}']
         if self.parameters is not None:
             now, mean = self.parameters, self.average_parameters
             base = plain and plain.parameters
@@ -163,8 +167,8 @@ class Entry:
 
 def _compared(what: str, unit: str, size: float, now: float, **others: float | None) -> str:
     """``5.05 G multiply-adds (average 4.3, plain 4.1)``."""
-    known = [f'{name} {n / size:.3g}' for name, n in others.items() if n is not None]
-    return f'{now / size:.3g} {unit} {what}' + (f' ({", ".join(known)})' if known else '')
+    known = [f'{name} {n / size:.4g}' for name, n in others.items() if n is not None]
+    return f'{now / size:.4g} {unit} {what}' + (f' ({", ".join(known)})' if known else '')
 
 
 @dataclass(frozen=True)

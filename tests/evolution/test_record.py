@@ -175,12 +175,12 @@ def test_the_log_line_is_made_of_the_entry():
         '(mean 0.034, spread 0.0393, threshold 0.02)\n'
     )
     assert entry.summary() == changes + (
-        '    4 blocks, 9 branches, 41.4 M parameters (average 40.5), 5.05 G multiply-adds, '
+        '    4 blocks, 9 branches, 41.38 M parameters (average 40.5), 5.051 G multiply-adds, '
         'until now 0.3 s a step'
     )
     assert entry.summary(Cost(40_000_000, 4e9), 0.25) == changes + (
-        '    4 blocks, 9 branches, 41.4 M parameters (average 40.5, plain 40), '
-        '5.05 G multiply-adds (plain 4), until now 0.3 s a step (plain 0.25)'
+        '    4 blocks, 9 branches, 41.38 M parameters (average 40.5, plain 40), '
+        '5.051 G multiply-adds (plain 4), until now 0.3 s a step (plain 0.25)'
     )
     assert 'no change\n' in Entry(1, 'epoch', 5, blocks=0, branches=0).summary()
     assert Entry.from_data(asdict(entry)) == entry
