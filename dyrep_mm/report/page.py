@@ -17,7 +17,6 @@ from dyrep_mm.report.compare import against_cost, common_metric, curves, table
 from dyrep_mm.report.data import Run, best_of
 from dyrep_mm.report.drawing import DARK, VARIABLES, Picture
 from dyrep_mm.report.evolution import evolution, scores, when
-from dyrep_mm.report.story import story
 from dyrep_mm.report.words import count, number, scale_of, scaled
 from dyrep_mm.version import __version__
 
@@ -137,7 +136,7 @@ def _section(run: Run, anchor: str, metric: str | None) -> Section:
         _costs(run),
         [_update(run, entry) for entry in run.journal],
         evolution(run, main) if run.lives else None,
-        [*filter(None, [story(run)]), *blocks(run)],
+        blocks(run),
         scores(run),
     )
 
