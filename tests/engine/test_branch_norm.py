@@ -150,3 +150,27 @@ def test_how_often_blocks_are_measured_again(tmp_path, every, measured):
     made.rule.decide = decide_and_compare
     run.train()
     assert moved == [number for number in measured if number > 1]
+
+
+def test_branches_can_be_exempt_from_decay(tmp_path):
+    """As docs/norms.md has it."""
+    keys = {'branches': {'decay_mult': 0}, 'branches.kxk.weight': {'decay_mult': 1}}
+    wrapper = {
+        'optimizer': {'type': 'SGD', 'lr': 0.05, 'momentum': 0.9, 'weight_decay': 1e-4},
+        'paramwise_cfg': {'norm_decay_mult': 0, 'custom_keys': keys},
+    }
+    run = runner(tmp_path, [hook('fixed', prune=False)], iters=5, optim_wrapper=wrapper)
+    run.train()
+    decays = {
+        id(p): group['weight_decay']
+        for group in run.optim_wrapper.optimizer.param_groups
+        for p in group['params']
+    }
+    blocks = blocks_of(run.model)
+    assert len(blocks) == 2
+    origins = {id(block.origin.weight) for block in blocks.values()}
+    for block in blocks.values():
+        assert decays[id(block.origin.weight)] == 1e-4
+        for branch in block.added:
+            inside = [p for p in branch.parameters() if id(p) not in origins]
+            assert {decays[id(p)] for p in inside} == {0.0}
