@@ -175,6 +175,14 @@ def measure_cost(shape: list[int], rounds: int) -> None:
     print(table)
 
 
+def ratios_of(gains: dict[str, dict[str, float]], found: dict[Key, float]) -> str:
+    """Median of what was foretold over what was found, by branch."""
+    ratios: dict[str, list[float]] = {}
+    for (path, name), decrease in found.items():
+        ratios.setdefault(name, []).append(gains[path][name] / decrease)
+    return ', '.join(f'{name} {statistics.median(r):.2f}' for name, r in ratios.items())
+
+
 def measure_correlations(args: argparse.Namespace) -> None:
     """Train, gather, grow, step, and print a table for each of ``args.before``."""
     random.seed(args.seed)
@@ -202,7 +210,7 @@ def measure_correlations(args: argparse.Namespace) -> None:
                 score.gather()
             for path, operation in operations.items():
                 slopes[path] += operation.weight.grad / args.interval
-        measuring = list(islice(draw(data, 256), 3))
+        measuring = list(islice(draw(data, args.batch), 3))
         measured = [decreases(model, measuring, args.step) for _ in range(args.draws)]
         optimizer.zero_grad()
         loss_of(model, measuring[0]).backward()
@@ -227,7 +235,9 @@ def measure_correlations(args: argparse.Namespace) -> None:
                 ['-' if v is None else v if isinstance(v, str) else f'{v:.2f}' for v in row]
             )
         print(f'{args.model}, after {before} more iterations, {len(found)} branches')
-        print(table, flush=True)
+        print(table)
+        ratios = ratios_of(gains['gain of the same batch'], found)
+        print('gain of the same batch over the decrease, median:', ratios, flush=True)
 
 
 def main() -> None:
@@ -237,9 +247,10 @@ def main() -> None:
     parser.add_argument('--shape', type=int, nargs=4, default=[2, 3, 480, 800], help='for --cost')
     parser.add_argument('--model', choices=['resnet', 'vgg'], default='resnet')
     parser.add_argument('--images', type=int, default=200, help='of each class')
-    parser.add_argument('--before', type=int, nargs='+', default=[0, 150], help='iterations')
+    parser.add_argument('--before', type=int, nargs='+', default=[150], help='iterations')
     parser.add_argument('--interval', type=int, default=50, help='iterations')
-    parser.add_argument('--draws', type=int, default=2, help='how often convs grow')
+    parser.add_argument('--draws', type=int, default=1, help='how often convs grow')
+    parser.add_argument('--batch', type=int, default=128, help='images to measure the loss on')
     parser.add_argument('--step', type=float, default=0.1, help='learning rate of the branches')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
