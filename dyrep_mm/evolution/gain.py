@@ -18,74 +18,71 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyrep_mm.errors import DyRepError
-from dyrep_mm.evolution.operations import Operation, Operations, form_of
+from dyrep_mm.evolution.operations import Operation, Operations
 from dyrep_mm.evolution.saliency import GradientScore, register_score
 from dyrep_mm.reparam.branches import BRANCHES, ORIGIN
 
 
-def gains_of(operation: Operation, slope: Tensor) -> dict[str, float]:
-    """Gain of each operation that a conv would get, by name.
-
-    Args:
-        operation: The conv.
-        slope: Norm of the kernel of each output channel times the gradient of the loss with respect
-            to that kernel, (out, in / groups, kh, kw).
-    """
+def gains_of(operation: Operation) -> dict[str, Tensor]:
+    """Gain of each operation that a conv would get, by name, by its present gradient."""
+    kernel, grad = operation.kernel(), operation.weight.grad
+    if grad.dtype.itemsize < 4:  # squares
+        kernel, grad = kernel.float(), grad.float()
     names = [name for name in operation.names if name != ORIGIN]
     if not names:
         return {}
-    reached = [BRANCHES[name].reach(operation.spec, slope) for name in names]
-    gains = torch.stack([part.square().mean(1).sum() for part in reached])
-    return dict(zip(names, gains.tolist(), strict=True))
+    reached = [BRANCHES[name].reach(operation.spec, grad) for name in names]
+    slopes = [torch.linalg.vector_norm(part, dim=1) / part.shape[1] ** 0.5 for part in reached]
+    unit = torch.linalg.vector_norm(kernel, dim=(1, 2, 3))
+    gains = (torch.stack(slopes) * unit).square().sum(1)
+    return dict(zip(names, gains.unbind(), strict=True))
 
 
 @register_score('gain')
 class Gain(GradientScore):
-    """What the branches that a conv would get gain together, of the mean gradient of an interval.
+    """What the branches that a conv would get gain together: the mean over an interval of
+    :func:`gains_of`.
 
-    The mean is taken before the square: a gradient that changes its sign from batch to batch, which
-    is most of it late in a training, gains nothing.
+    The square is taken of the gradient of each batch. That of the mean gradient foretells less:
+    where the weights oscillate around a valley it cancels, see ``docs/scores.md``.
 
     Attributes:
-        slopes: Sums of what :func:`gains_of` takes, by path.
+        names: Of the rows of ``sums``.
+        met: Iterations that were met, of which every :data:`EVERY`-th is looked at.
     """
 
-    rows = 0
+    power = 2
 
     def __init__(self, operations: Operations):
+        names = (name for operation in operations.values() for name in operation.names)
+        self.names = [name for name in dict.fromkeys(names) if name != ORIGIN]
+        self.rows, self.met = len(self.names), 0
         super().__init__(operations)
-        self.slopes = {p: torch.zeros_like(o.weight) for p, o in self.operations.items()}
 
-    @torch.no_grad()
     def gather(self, loss_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
-        """Add one iteration, see :meth:`GradientScore.gather`."""
-        used = self.used()
-        if not used:
-            return
-        operations = [self.operations[self.paths[i]] for i in used]
-        slopes = [self.slopes[self.paths[i]] for i in used]
-        grads = [operation.weight.grad for operation in operations]
-        self.started = True
-        if loss_scale is not None:
-            grads = torch._foreach_div(grads, loss_scale.to(grads[0]))
-        good = torch.stack(torch._foreach_norm(grads, torch.inf)).isfinite().all()
-        if found_inf is not None:
-            good = good & (found_inf == 0).to(good.device).all()
-        kernels = [operation.kernel() for operation in operations]
-        units = [torch.linalg.vector_norm(k, dim=(1, 2, 3), keepdim=True) for k in kernels]
-        # Not a product with 0, which leaves NaN.
-        steps = [torch.where(good, g, 0.0) for g in torch._foreach_mul(grads, units)]
-        torch._foreach_add_(slopes, steps)
-        self.counts.index_add_(0, self.index_of(used), good.to(self.counts).expand(len(used)))
+        """Look at one iteration of :data:`EVERY`, see :meth:`GradientScore.gather`."""
+        if self.met % EVERY == 0:
+            super().gather(loss_scale, found_inf)
+        self.met += 1
 
-    @torch.no_grad()
+    def measure_all(self, operations: list[Operation]) -> Tensor:
+        nothing = operations[0].weight.new_zeros(())
+        columns = [gains_of(operation) for operation in operations]
+        values = [column.get(name, nothing) for name in self.names for column in columns]
+        return torch.stack(values).view(self.rows, len(operations))
+
     def gains(self) -> dict[str, dict[str, float]]:
         """Gain of each operation that a conv would get, by path; without convs that were never
         counted."""
-        counts = zip(self.operations.items(), self.counts.tolist(), strict=True)
+        counts, rows = self.counts.tolist(), (self.sums / self.counts).tolist()
         return {
-            path: gains_of(operation, self.slopes[path] / n) for (path, operation), n in counts if n
+            path: {
+                name: row[i]
+                for name, row in zip(self.names, rows, strict=True)
+                if name in operation.names
+            }
+            for i, (path, operation) in enumerate(self.operations.items())
+            if counts[i]
         }
 
     def means(self, generator: torch.Generator | None = None) -> dict[str, float]:
@@ -93,22 +90,21 @@ class Gain(GradientScore):
         return {path: sum(values.values()) for path, values in self.gains().items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data for a checkpoint; as large as the kernels."""
-        slopes = {path: slope.cpu().clone() for path, slope in self.slopes.items()}
-        return {**super().state_dict(), 'slopes': slopes}
+        """Plain data for a checkpoint."""
+        return {**super().state_dict(), 'names': list(self.names), 'met': self.met}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> bool:
-        """Continue from a checkpoint, see :meth:`GradientScore.load_state_dict`."""
-        if not super().load_state_dict(state):
+        """Continue from a checkpoint; False if it scored other operations or otherwise."""
+        if not isinstance(state, Mapping) or state.get('names') != self.names:
             return False
-        saved = state.get('slopes')
-        for path, own in self.slopes.items():
-            slope = saved.get(path) if isinstance(saved, Mapping) else None
-            if not isinstance(slope, Tensor) or form_of(slope) != form_of(own):
-                raise DyRepError('the scores of the checkpoint are malformed: slopes')
-            own.copy_(slope)
+        if type(state.get('met')) is not int or not super().load_state_dict(state):
+            return False
+        self.met = state['met']
         return True
 
+
+#: Of how many iterations the gain looks at one: it costs more than other scores, and varies little.
+EVERY = 4
 
 #: ``branches='best'`` takes the operations with at least this part of the best gain of their conv.
 WORTHWHILE = 0.5

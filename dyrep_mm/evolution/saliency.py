@@ -107,6 +107,8 @@ class GradientScore:
     metric: str
     #: How many numbers :meth:`measure` makes for an operation; the first is the score.
     rows = 1
+    #: With which power of the gradients they grow.
+    power = 1
 
     def __init__(self, operations: Operations):
         self.operations = dict(operations)
@@ -149,7 +151,7 @@ class GradientScore:
         numbers = self.measure_all([self.operations[self.paths[i]] for i in used]).to(self.sums)
         self.started = True
         if loss_scale is not None:
-            numbers = numbers / loss_scale.to(numbers)
+            numbers = numbers / loss_scale.to(numbers) ** self.power
         good = numbers.isfinite().all()
         if found_inf is not None:
             good = good & (found_inf == 0).to(good.device).all()

@@ -62,6 +62,14 @@ def test_ranks_with_seeds_of_their_own(reports):
     assert first['unwrapped'] == second['unwrapped']
 
 
+def test_ranks_share_the_losses_of_a_score(reports):
+    """Each rank has the mean over the batches of both."""
+    first, second = (report['losses'] for report in reports)
+    assert_in_step(first, second)
+    assert first['scores'] == second['scores']
+    assert all(len(set(scores.values())) > 1 for scores in first['scores'])
+
+
 def test_ranks_agree_on_what_stays_plain(reports):
     """One rank meets activations that are not finite: neither grows that conv. One rank does not
     call another conv: the other one has measured it, and both grow it."""

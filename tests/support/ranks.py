@@ -142,6 +142,21 @@ def case_scores(folder: Path, rank: int) -> dict:
     return finish(report)
 
 
+def case_losses(folder: Path, rank: int) -> dict:
+    """A score that draws batches of its own, each rank others."""
+    report = train(folder, [{**PRUNING, 'metric': 'grasp'}])
+    rule, report['scores'] = dyrep(report['run']).rule, []
+    decide = rule.decide
+
+    def decide_and_tell(model, generator):
+        plan = decide(model, generator)
+        report['scores'].append(plan.scores)
+        return plan
+
+    rule.decide = decide_and_tell
+    return finish(report)
+
+
 def case_wrapper(folder: Path, rank: int) -> dict:
     """Settings of the wrapper and a communication hook, which counts its calls."""
     calls: list[int] = []
