@@ -24,8 +24,8 @@ KEY = 'dyrep_mm'
 
 UNITS = ('epoch', 'iteration')
 
-#: Attributes of a Record that a resume alone needs; ``meta`` has the others.
-PROGRESS = ('updates', 'by_epoch', 'last', 'scores', 'warned', 'sizes', 'left_alone')
+#: Attributes of a Record that ``meta`` has; a resume alone needs the others.
+IN_META = ('structure', 'journal', 'plain', 'start', 'iteration', 'timing')
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,6 @@ class Entry:
         _check(all(n is None or isinstance(n, Real) for n in (*sizes, *means)), 'journal')
         _check(all(isinstance(n, Real) for n in entry.timing.values()), 'journal')
         return entry
-
-    @property
-    def cost(self) -> Cost | None:
-        """Of the model after it; None in a journal of version 0.1.0."""
-        return None if self.parameters is None else Cost(self.parameters, self.multiply_adds)
 
     @property
     def runner_up(self) -> tuple[str, float] | None:
@@ -296,9 +291,8 @@ class Record:
     def average(self, name: str) -> float | None:
         """Average of ``parameters`` or ``multiply_adds`` over the iterations until now; None if a
         part of them is not known."""
-        costs = [(0, self.start), *((entry.iteration, entry.cost) for entry in self.journal)]
-        moments = [moment for moment, _ in costs] + [self.iteration]
-        values = [None if cost is None else getattr(cost, name) for _, cost in costs]
+        moments = [0, *(entry.iteration for entry in self.journal), self.iteration]
+        values = [cost and getattr(cost, name) for cost in (self.start, *self.journal)]
         if not self.iteration or None in moments or None in values:
             return None
         lengths = [end - begin for begin, end in pairwise(moments)]
@@ -338,6 +332,10 @@ class Record:
         parts = parts or ['costs are not known']
         return f'average of {self.iteration} iterations: {", ".join(parts)}'
 
+    @classmethod
+    def _progress(cls) -> list[str]:
+        return [f.name for f in fields(cls) if f.name not in IN_META]
+
     def to_checkpoint(self, checkpoint: dict) -> None:
         """Write into ``meta``, which publishing keeps, and beside it what a resume needs."""
         checkpoint['meta'][KEY] = {
@@ -350,7 +348,7 @@ class Record:
             'averages': self.averages(),
             'timing': asdict(self.timing),
         }
-        checkpoint[KEY] = {name: getattr(self, name) for name in PROGRESS}
+        checkpoint[KEY] = {name: getattr(self, name) for name in self._progress()}
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Mapping[str, Any]) -> Record:
@@ -371,7 +369,7 @@ class Record:
         record = cls(
             {path: list(names) for path, names in said['structure'].items()},
             [Entry.from_data(entry) for entry in journal],
-            **{name: progress[name] for name in PROGRESS if name in progress},
+            **{name: progress[name] for name in cls._progress() if name in progress},
             plain=_read(Cost, said.get('plain'), 'plain'),
             start=_read(Cost, said.get('start'), 'start'),
             iteration=said.get('iteration', 0),

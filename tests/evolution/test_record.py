@@ -67,7 +67,7 @@ def test_journal_of_a_run(run, saved):
     assert last.branches == sum(len(block.added) for block in blocks)
     assert last.parameters == sum(p.numel() for p in run.model.parameters())
     sizes = saved['dyrep_mm']['sizes']
-    assert last.cost == cost_of(run.model, sizes)
+    assert Cost(last.parameters, last.multiply_adds) == cost_of(run.model, sizes)
     assert last.multiply_adds == multiply_adds(run.model, sizes)
     assert [(e.iteration, e.epoch) for e in journal] == [(2, 0.5), (4, 1.0)]  # of 4 batches
     assert last.pruned.keys() == last.reasons.keys()
