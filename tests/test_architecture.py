@@ -29,7 +29,7 @@ MAP = {
         *('passes', 'converter'),
     ],
     'report': [
-        *('words', 'drawing', 'history', 'logs', 'data', 'evolution', 'blocks', 'story'),
+        *('words', 'history', 'logs', 'data', 'drawing', 'evolution', 'blocks', 'story'),
         *('compare', 'page'),
     ],
 }

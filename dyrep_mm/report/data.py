@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from dyrep_mm.engine.checkpoint import is_whole, load_checkpoint, weights_of
+from dyrep_mm.engine.stock import from_stock
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.evolution.record import Entry, Record
 from dyrep_mm.reparam.branches import ORIGIN
@@ -183,6 +184,7 @@ def make_run(label: str, source: str, checkpoint: Mapping[str, Any], log: Log) -
         DyRepError: the record in the checkpoint is malformed.
     """
     try:
+        checkpoint = from_stock(dict(checkpoint))
         record = Record.from_checkpoint(checkpoint)
     except DyRepError as error:
         raise DyRepError(f'{source}: {error}') from None
