@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
@@ -237,7 +238,7 @@ class Block(nn.Module):
         # In place: neither a conv nor a BN needs its output for the backward. A forward hook that
         # keeps the output of `branches.kxk` must clone it.
         for branch, inner in running:
-            out.addcmul_(self._output(branch, x, inner), branch.unit.view(-1, 1, 1))
+            out += self._output(branch, x, inner)
         return out
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -323,10 +324,21 @@ class Block(nn.Module):
         return self.spec.convolve(x, Kernel(kernel.weight.to(dtype), kernel.bias.to(dtype)))
 
     def _output(self, branch: Branch, x: Tensor, inner: Kernel | None) -> Tensor:
-        """Output of ``branch``, of which the backward keeps ``x`` alone if it may recompute."""
+        """Output of ``branch`` in its unit, of which the backward keeps ``x`` alone if it may
+        recompute."""
 
         def output(x: Tensor) -> Tensor:
-            return branch(x) if inner is None else branch.bn(self.spec.convolve(x, inner))
+            module, prefix, y = branch, 'bn.', x
+            if inner is not None:
+                module, prefix, y = branch.bn, '', self.spec.convolve(x, inner)
+            if is_recorded():  # a trace knows the parameters of a module alone
+                return module(y) * branch.unit.view(-1, 1, 1)
+            # Behind the norm the unit would cost a map.
+            scaled = {
+                f'{prefix}{name}': getattr(branch.bn, name) * branch.unit
+                for name in ('weight', 'bias')
+            }
+            return functional_call(module, scaled, (y,))
 
         if not self.recompute:
             return output(x)
