@@ -86,14 +86,13 @@ class Block(nn.Module):
     block computes in eval mode.
 
     Where no norm of the block uses batch statistics (``branch_norm='fixed'``, ``norm_eval=True``,
-    inference) the block is linear and runs as one conv with the merged kernel, differentiably.
-    With ``branch_norm='sampled'`` it does so too, with the statistics of a sample of the batch.
-    With ``'batch'`` the
-    branches whose batch statistics follow from those of the input (:mod:`dyrep_mm.reparam.moments`)
-    merge into that conv, the others run beside it. On small maps, in half precision, under
-    autocast, in a trace, with SyncBN, or while hooks watch a module of the block, all run. A batch
-    with fewer than two values a channel has no statistics: the block then computes, and trains,
-    what it is in eval mode.
+    inference) the block is linear and runs as one conv with the merged kernel, differentiably. With
+    ``branch_norm='sampled'`` it does so too, with the statistics of a sample of the batch. With
+    ``'batch'`` the branches whose statistics follow from those of the input merge into that conv
+    (:mod:`dyrep_mm.reparam.moments`), the others run beside it; on small maps, in half precision,
+    under autocast, in a trace, with SyncBN, or while hooks watch a module of the block, all run. A
+    batch with fewer than two values a channel has no statistics: the block then computes, and
+    trains, what it is in eval mode.
 
     A block stands in the place of a conv: it is called as one, has its geometry, and ``weight``
     and ``bias`` to read. Both are merged from the branches, so nobody can set them.
@@ -413,9 +412,12 @@ class Block(nn.Module):
         The unit of each new branch is ``origin_std``, its scale is ``init_scale``, and its shift is
         what makes its merged bias zero: the conv needs no bias of its own to make up for it.
         """
-        # A branch of a dead channel, with a unit of zero, could never wake it.
+        # A branch of a dead channel, with a unit of zero, could never wake it. Where all are dead,
+        # nothing says how large a start would be small.
         least = self.origin_std.mean() * LEAST_UNIT
-        unit = self.origin_std.clamp_min(least if least > 0 else 1.0)
+        if not least > 0:
+            least, init_scale = 1.0, 0.0
+        unit = self.origin_std.clamp_min(least)
         for branch in self.added:
             branch.unit.fill_(1)
             branch.bn.weight.fill_(init_scale)
