@@ -134,22 +134,6 @@ class DyRepRule:
             remark=self.score.remark() if self.score else None,
         )
 
-    def gains(self) -> dict[str, dict[str, float]]:
-        """What each operation would gain, by path of the conv and name; empty if that is not
-        gathered."""
-        return self._gain.gains() if self._gain is not None else {}
-
-    def _chosen(self) -> Structure:
-        """What each conv would grow to."""
-        if self.pick is None:
-            return self.operations
-        count = None if self.pick == 'best' else self.pick
-        best = {path: best_names(gains, count) for path, gains in self.gains().items()}
-        return {
-            path: [name for name in names if name == ORIGIN or name in best.get(path, names)]
-            for path, names in self.operations.items()
-        }
-
     def _trained(self) -> set[str]:
         """The operations that train now: branches train where their conv does."""
         seen = self._seen.items()
@@ -169,6 +153,22 @@ class DyRepRule:
             gains, chosen = self.gains(), self._chosen()
             means = {p: sum(gains[p].get(n, 0.0) for n in chosen[p]) for p in means}
         return {path: mean for path, mean in means.items() if path in trained}
+
+    def gains(self) -> dict[str, dict[str, float]]:
+        """What each operation would gain, by path of the conv and name; empty if that is not
+        gathered."""
+        return self._gain.gains() if self._gain is not None else {}
+
+    def _chosen(self) -> Structure:
+        """What each conv would grow to."""
+        if self.pick is None:
+            return self.operations
+        count = None if self.pick == 'best' else self.pick
+        best = {path: best_names(gains, count) for path, gains in self.gains().items()}
+        return {
+            path: [name for name in names if name == ORIGIN or name in best.get(path, names)]
+            for path, names in self.operations.items()
+        }
 
     def state_dict(self) -> dict[str, Any] | None:
         """The scores so far."""

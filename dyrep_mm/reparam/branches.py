@@ -201,11 +201,6 @@ def _is_conv(module: nn.Module) -> bool:
     return hasattr(module, 'kernel_size')
 
 
-def _inner(weight: Tensor, size: Pair) -> Tensor:
-    """The ``size`` (kh, kw) in the middle of ``weight`` (..., kh, kw)."""
-    return crop(weight, tuple((n - k) // 2 for n, k in zip(weight.shape[-2:], size, strict=True)))
-
-
 def _definition(cls: type) -> tuple[str, str]:
     return cls.__module__, cls.__qualname__
 
@@ -238,6 +233,11 @@ def fitting(spec: ConvSpec, names: Sequence[str] | None = None) -> list[str]:
         for name in known_operations()
         if name in wanted and name != ORIGIN and BRANCHES[name].misfit(spec) is None
     ]
+
+
+def _inner(weight: Tensor, size: Pair) -> Tensor:
+    """The ``size`` (kh, kw) in the middle of ``weight`` (..., kh, kw)."""
+    return crop(weight, tuple((n - k) // 2 for n, k in zip(weight.shape[-2:], size, strict=True)))
 
 
 class _ConvBranch(Branch):
