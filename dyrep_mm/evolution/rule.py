@@ -187,7 +187,8 @@ class DyRepRule:
             return False
         restore_besides(self._seen, state.get('beside'))
         if self._gain is not None and self._gain is not self.score:
-            return self._gain.load_state_dict(state.get('gain'))
+            # Without one, as after a change of the option, the gain starts here.
+            self._gain.load_state_dict(state.get('gain'))
         return True
 
 
