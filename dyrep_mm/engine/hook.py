@@ -446,12 +446,6 @@ class DyRepHook(Hook):
             )
         return self._transaction
 
-    def _over_losses(self, measure: Callable[[Tensor], Tensor]) -> Tensor | None:
-        """See :data:`dyrep_mm.evolution.saliency.OverLosses`."""
-        runner, before = self._transaction.runner, self._transaction.batch_sampler
-        seed = make_seed(self.seed, self._record.updates, 'losses')
-        return mean_over_losses(runner, measure, seed, before)
-
     def _prepare(self, block: Block) -> None:
         block.set_branch_norm(self.branch_norm, block.training)
 
@@ -494,6 +488,12 @@ class DyRepHook(Hook):
     def _warn(self, runner: Runner, message: str | None) -> None:
         if message is not None:
             runner.logger.warning(f'DyRep: {message}')
+
+    def _over_losses(self, measure: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """See :data:`dyrep_mm.evolution.saliency.OverLosses`."""
+        runner, before = self._transaction.runner, self._transaction.batch_sampler
+        seed = make_seed(self.seed, self._record.updates, 'losses')
+        return mean_over_losses(runner, measure, seed, before)
 
     def _looks_at_loss(self, runner: Runner) -> bool:
         return self._losses.stop or not self.schedule.is_over(runner, self._record.last)

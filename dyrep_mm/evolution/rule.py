@@ -153,22 +153,6 @@ class DyRepRule:
             remark=self._remark(),
         )
 
-    def gains(self) -> dict[str, dict[str, float]]:
-        """What each operation would gain, by path of the conv and name; empty if that is not
-        gathered."""
-        return self._gain.gains() if self._gain is not None else {}
-
-    def _chosen(self) -> Structure:
-        """What each conv would grow to."""
-        if self.pick is None:
-            return self.operations
-        count = None if self.pick == 'best' else self.pick
-        best = {path: best_names(gains, count) for path, gains in self.gains().items()}
-        return {
-            path: [name for name in names if name == ORIGIN or name in best.get(path, names)]
-            for path, names in self.operations.items()
-        }
-
     def _remark(self) -> str | None:
         if self.max_cost is not None and (self.costs is None or not self.costs.known):
             return 'max_cost: no layer of the model was seen at work, so that nothing grows'
@@ -201,6 +185,22 @@ class DyRepRule:
             means = {p: sum(gains[p].get(n, 0.0) for n in chosen[p]) for p in means}
         return {path: mean for path, mean in means.items() if path in trained}
 
+    def gains(self) -> dict[str, dict[str, float]]:
+        """What each operation would gain, by path of the conv and name; empty if that is not
+        gathered."""
+        return self._gain.gains() if self._gain is not None else {}
+
+    def _chosen(self) -> Structure:
+        """What each conv would grow to."""
+        if self.pick is None:
+            return self.operations
+        count = None if self.pick == 'best' else self.pick
+        best = {path: best_names(gains, count) for path, gains in self.gains().items()}
+        return {
+            path: [name for name in names if name == ORIGIN or name in best.get(path, names)]
+            for path, names in self.operations.items()
+        }
+
     def state_dict(self) -> dict[str, Any] | None:
         """The scores so far."""
         if self.score is None:
@@ -218,7 +218,8 @@ class DyRepRule:
             return False
         restore_besides(self._seen, state.get('beside'))
         if self._gain is not None and self._gain is not self.score:
-            return self._gain.load_state_dict(state.get('gain'))
+            # Without one, as after a change of the option, the gain starts here.
+            self._gain.load_state_dict(state.get('gain'))
         return True
 
 

@@ -274,11 +274,6 @@ def _is_conv(module: nn.Module) -> bool:
     return hasattr(module, 'kernel_size')
 
 
-def _inner(weight: Tensor, size: Pair) -> Tensor:
-    """The ``size`` (kh, kw) in the middle of ``weight`` (..., kh, kw)."""
-    return crop(weight, tuple((n - k) // 2 for n, k in zip(weight.shape[-2:], size, strict=True)))
-
-
 def is_linear(module: nn.Module) -> bool:
     """Whether ``module``, a part of a branch, is anything but a block that needs a batch."""
     return getattr(module, 'is_linear', True)
@@ -326,6 +321,11 @@ def fitting(spec: ConvSpec, names: Sequence[str] | None = None) -> list[str]:
         for name in known_operations()
         if name in wanted and name != ORIGIN and BRANCHES[name].misfit(spec) is None
     ]
+
+
+def _inner(weight: Tensor, size: Pair) -> Tensor:
+    """The ``size`` (kh, kw) in the middle of ``weight`` (..., kh, kw)."""
+    return crop(weight, tuple((n - k) // 2 for n, k in zip(weight.shape[-2:], size, strict=True)))
 
 
 class _ConvBranch(Branch):

@@ -12,7 +12,7 @@ from dyrep_mm.errors import DyRepError
 from dyrep_mm.evolution.saliency import SCORES
 from dyrep_mm.surgery.structure import structure_of
 from support.checks import assert_equal_states, assert_same_run
-from support.runs import PRUNING, Images, TinyClassifier, dyrep, runner, settings
+from support.runs import PRUNING, Images, TinyClassifier, call_at, dyrep, runner, settings
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,20 @@ def test_resumed_in_the_middle_of_an_interval(tmp_path, metric, branches):
     run = runner(tmp_path / 'resumed', [dict(hook)], iters=11, load_from=str(file), resume=True)
     run.train()
     assert_same_run(whole, run)
+
+
+def test_resumed_with_a_pick(tmp_path):
+    """The score goes on, and the gains start to be gathered."""
+    hook = {**PRUNING, 'interval': 4, 'metric': 'snip'}
+    runner(tmp_path, [dict(hook)], iters=6).train()
+    file = str(tmp_path / 'iter_2.pth')
+    hook['branches'] = 1
+    run = runner(tmp_path / 'resumed', [hook], iters=6, load_from=file, resume=True)
+    counts = []
+    call_at(run, lambda run: counts.append(dyrep(run).rule.score.counts.max().item()))
+    run.train()
+    assert counts[0] == 3
+    assert [len(names) for names in dyrep(run).journal[0].grown.values()] == [2]
 
 
 @pytest.mark.parametrize(('branches', 'most'), [('best', 6), (1, 1), (2, 2)])
