@@ -5,6 +5,7 @@ import argparse
 from _cli import sentence
 
 from dyrep_mm.engine.converter import IMAGE_SIZE, TOLERANCE, fuse_checkpoint
+from dyrep_mm.engine.progress import stages
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
         help='load a checkpoint that holds more than plain data; such a file can run code',
     )
     args = parser.parse_args()
-    with sentence('fuse'):
+    with sentence('fuse'), stages('fusing', total=5):
         fuse_checkpoint(
             args.config,
             args.checkpoint,

@@ -17,6 +17,7 @@ from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import Tensor, nn
 
+from dyrep_mm.engine.stock import AVERAGED, from_stock
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.evolution.record import Record
 from dyrep_mm.surgery.structure import (
@@ -72,14 +73,21 @@ def load_grown(
         advice: What a user with a checkpoint of a plain run should do.
 
     Returns:
-        The checkpoint, with a ``state_dict`` and a ``meta`` in any case, and :func:`structure_in`
-        it.
+        The checkpoint, with its branches in ``state_dict``, and a ``meta`` in any case, and
+        :func:`structure_in` it.
 
     Raises:
         DyRepError: it cannot be read, or it is of a plain run.
     """
-    checkpoint = load_checkpoint(path, trust=trust)
+    return grown_in(load_checkpoint(path, trust=trust), path, advice)
+
+
+def grown_in(
+    checkpoint: dict[str, Any], path: str | Path, advice: str = ''
+) -> tuple[dict[str, Any], Structure]:
+    """What :func:`load_grown` gives, of a checkpoint that was read from ``path``."""
     try:
+        checkpoint = from_stock(checkpoint)
         structure = structure_in(checkpoint)
     except DyRepError as error:
         raise DyRepError(f'{path}: {error}') from None
@@ -92,6 +100,8 @@ def load_grown(
 
 def structure_in(checkpoint: Mapping[str, Any]) -> Structure | None:
     """The Structure of the weights in a checkpoint, as their names tell; None for a plain run.
+
+    A stock checkpoint has its branches elsewhere: :func:`from_stock` puts them in first.
 
     Biases that convs gained are in it where the checkpoint records them; without a record, the
     model tells them, see :func:`dyrep_mm.surgery.rewire.restore`.
@@ -282,6 +292,14 @@ def check_resumable(checkpoint: Mapping[str, Any]) -> None:
         raise DyRepError(
             f'no run can resume from this checkpoint, it has no {lacking[0]}: '
             'load_from (resume=False) starts from its weights'
+        )
+    averaged = checkpoint.get('ema_state_dict')
+    names = averaged if isinstance(averaged, Mapping) else ()
+    inside = [str(n).removeprefix(AVERAGED) for n in names if str(n).startswith(AVERAGED)]
+    if missing := [name for name in inside if name not in checkpoint.get('state_dict', ())]:
+        raise DyRepError(
+            f'no run can resume from this checkpoint, its ema_state_dict has {missing[0]} and its '
+            'state_dict has not: load_from (resume=False) starts from its weights'
         )
 
 

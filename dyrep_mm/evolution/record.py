@@ -15,6 +15,7 @@ from numbers import Real
 from typing import Any
 
 from dyrep_mm.errors import DyRepError
+from dyrep_mm.reparam.norms import BRANCH_NORMS
 from dyrep_mm.surgery.cost import Cost, Sizes, are_sizes
 from dyrep_mm.surgery.structure import Structure, check_structure
 from dyrep_mm.surgery.tree import in_scope
@@ -24,8 +25,8 @@ KEY = 'dyrep_mm'
 
 UNITS = ('epoch', 'iteration')
 
-#: Attributes of a Record that a resume alone needs; ``meta`` has the others.
-PROGRESS = ('updates', 'by_epoch', 'last', 'scores', 'warned', 'sizes', 'left_alone')
+#: Attributes of a Record that ``meta`` has; a resume alone needs the others.
+IN_META = ('structure', 'journal', 'plain', 'start', 'iteration', 'timing')
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ class Entry:
         timing: ``steps`` since the last update; ``step_seconds``, the median of a training
             iteration in them, without what loads data, validates or updates; ``update_seconds``,
             of this update. Empty in older journals. Entries that differ in it alone are equal.
+        cost_ratio: Multiply-adds of one forward in training after it, as blocks really run, over
+            those of the plain model, see :class:`dyrep_mm.surgery.charge.Costs`; None where they
+            are not known.
     """
 
     update: int
@@ -72,6 +76,7 @@ class Entry:
     average_parameters: float | None = None
     average_multiply_adds: float | None = None
     timing: dict[str, float] = field(default_factory=dict, compare=False)
+    cost_ratio: float | None = None
 
     @classmethod
     def from_data(cls, data: Any) -> Entry:
@@ -95,16 +100,14 @@ class Entry:
         maps = (entry.scores, entry.importances, entry.reasons, entry.timing)
         for paths in (entry.grown, entry.pruned, *maps):
             _check(isinstance(paths, Mapping) and all(isinstance(p, str) for p in paths), 'journal')
-        sizes = (entry.blocks, entry.branches, entry.parameters, entry.multiply_adds)
-        means = (entry.epoch, entry.average_parameters, entry.average_multiply_adds)
-        _check(all(n is None or isinstance(n, Real) for n in (*sizes, *means)), 'journal')
+        sizes = (
+            *(entry.blocks, entry.branches, entry.parameters, entry.multiply_adds),
+            *(entry.cost_ratio, entry.epoch),
+            *(entry.average_parameters, entry.average_multiply_adds),
+        )
+        _check(all(n is None or isinstance(n, Real) for n in sizes), 'journal')
         _check(all(isinstance(n, Real) for n in entry.timing.values()), 'journal')
         return entry
-
-    @property
-    def cost(self) -> Cost | None:
-        """Of the model after it; None in a journal of version 0.1.0."""
-        return None if self.parameters is None else Cost(self.parameters, self.multiply_adds)
 
     @property
     def runner_up(self) -> tuple[str, float] | None:
@@ -126,7 +129,11 @@ class Entry:
         """
         parts = [self._growth(path) for path in self.grown]
         parts += [self._pruning(path) for path in self.pruned]
-        costs = [f'{self.blocks} blocks, {self.branches} branches']
+        blocks, branches = (
+            'block' + 's' * (self.blocks != 1),
+            'branch' + 'es' * (self.branches != 1),
+        )
+        costs = [f'{self.blocks} {blocks}, {self.branches} {branches}']
         if self.parameters is not None:
             now, mean = self.parameters, self.average_parameters
             base = plain and plain.parameters
@@ -135,6 +142,8 @@ class Entry:
             now, mean = self.multiply_adds, self.average_multiply_adds
             base = plain and plain.multiply_adds
             costs.append(_compared('multiply-adds', 'G', 1e9, now, average=mean, plain=base))
+        if self.cost_ratio is not None:
+            costs.append(f'{self.cost_ratio:.3f} times the cost of plain')
         if 'step_seconds' in self.timing:
             step = self.timing['step_seconds']
             costs.append('until now ' + _compared('a step', 's', 1, step, plain=plain_step))
@@ -163,8 +172,8 @@ class Entry:
 
 def _compared(what: str, unit: str, size: float, now: float, **others: float | None) -> str:
     """``5.05 G multiply-adds (average 4.3, plain 4.1)``."""
-    known = [f'{name} {n / size:.3g}' for name, n in others.items() if n is not None]
-    return f'{now / size:.3g} {unit} {what}' + (f' ({", ".join(known)})' if known else '')
+    known = [f'{name} {n / size:.4g}' for name, n in others.items() if n is not None]
+    return f'{now / size:.4g} {unit} {what}' + (f' ({", ".join(known)})' if known else '')
 
 
 @dataclass(frozen=True)
@@ -251,12 +260,15 @@ class Record:
         warned: The log has shown the remark of the rule.
         sizes: Of the maps that the layers see in training, see
             :class:`dyrep_mm.surgery.cost.SizeWatch`; None if not known yet.
+        images: How many one process had in the batch in which the sizes were noted.
+        autocast: Whether layers ran under autocast there.
         left_alone: Why convs that were tried stay plain, by path.
         plain: The cost of the plain model; None if not known yet.
         start: The cost of the model at the first iteration; None if it is not known, as in a run
             that an older version began.
         iteration: Iterations that are complete.
         timing: What a clock measured.
+        branch_norm: What the norms of branches normalised with, see docs/norms.md.
     """
 
     structure: Structure | None = None
@@ -267,7 +279,10 @@ class Record:
     scores: dict[str, Any] | None = None
     warned: bool = False
     sizes: Sizes | None = None
+    images: int | None = None
+    autocast: bool = False
     left_alone: dict[str, str] = field(default_factory=dict)
+    branch_norm: str = 'batch'
     plain: Cost | None = None
     start: Cost | None = None
     iteration: int = 0
@@ -292,9 +307,8 @@ class Record:
     def average(self, name: str) -> float | None:
         """Average of ``parameters`` or ``multiply_adds`` over the iterations until now; None if a
         part of them is not known."""
-        costs = [(0, self.start), *((entry.iteration, entry.cost) for entry in self.journal)]
-        moments = [moment for moment, _ in costs] + [self.iteration]
-        values = [None if cost is None else getattr(cost, name) for _, cost in costs]
+        moments = [0, *(entry.iteration for entry in self.journal), self.iteration]
+        values = [cost and getattr(cost, name) for cost in (self.start, *self.journal)]
         if not self.iteration or None in moments or None in values:
             return None
         lengths = [end - begin for begin, end in pairwise(moments)]
@@ -334,6 +348,10 @@ class Record:
         parts = parts or ['costs are not known']
         return f'average of {self.iteration} iterations: {", ".join(parts)}'
 
+    @classmethod
+    def _progress(cls) -> list[str]:
+        return [f.name for f in fields(cls) if f.name not in IN_META]
+
     def to_checkpoint(self, checkpoint: dict) -> None:
         """Write into ``meta``, which publishing keeps, and beside it what a resume needs."""
         checkpoint['meta'][KEY] = {
@@ -346,7 +364,7 @@ class Record:
             'averages': self.averages(),
             'timing': asdict(self.timing),
         }
-        checkpoint[KEY] = {name: getattr(self, name) for name in PROGRESS}
+        checkpoint[KEY] = {name: getattr(self, name) for name in self._progress()}
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Mapping[str, Any]) -> Record:
@@ -367,7 +385,7 @@ class Record:
         record = cls(
             {path: list(names) for path, names in said['structure'].items()},
             [Entry.from_data(entry) for entry in journal],
-            **{name: progress[name] for name in PROGRESS if name in progress},
+            **{name: progress[name] for name in cls._progress() if name in progress},
             plain=_read(Cost, said.get('plain'), 'plain'),
             start=_read(Cost, said.get('start'), 'start'),
             iteration=said.get('iteration', 0),
@@ -386,8 +404,12 @@ class Record:
         _check(isinstance(record.left_alone, Mapping), 'left_alone')
         for path, reason in record.left_alone.items():
             _check(isinstance(path, str) and isinstance(reason, str), 'left_alone')
+        _check(record.branch_norm in BRANCH_NORMS, 'branch_norm')
         if record.sizes is not None:
             _check(are_sizes(record.sizes), 'sizes')
+        images = record.images
+        _check(images is None or (type(images) is int and images > 0), f'images {images!r:.200}')
+        _check(type(record.autocast) is bool, f'autocast {record.autocast!r:.200}')
         return record
 
 

@@ -10,16 +10,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch, Rectangle
 
+from dyrep_mm.reparam.branches import ORIGIN
 from dyrep_mm.report.data import Run
 from dyrep_mm.report.drawing import FAINT, INK, MUTED, Picture, colour_of, figure
-from dyrep_mm.report.evolution import count, number, when
+from dyrep_mm.report.evolution import when
 from dyrep_mm.report.history import MARK, depth, in_order, outermost
-from dyrep_mm.reparam.branches import ORIGIN
+from dyrep_mm.report.words import count, number
 
 #: Points: width and height of a box, space between two, what a block adds around its branches.
-BOX, TALL, GAP, PAD, STEP = 74, 19, 8, 9, 13
+BOX, TALL, GAP, PAD, STEP = 88, 23, 9, 10, 14
 #: Under the branches: importance and its bar, then the sum.
-FOOT, SUM = 34, 30
+FOOT, SUM = 40, 32
 
 
 @dataclass
@@ -92,7 +93,7 @@ def _parts(name: str, height: int | None, width: int | None) -> Sequence[str]:
         '1x1-avg': ('1×1 conv', 'BN', f'{h}×{w} average', 'BN'),
         '1xk': (f'1×{w} conv', 'BN'),
         'kx1': (f'{h}×1 conv', 'BN'),
-        'identity': ('BN',),
+        'identity': ('identity', 'BN'),
     }.get(name, (name, 'BN'))
 
 
@@ -105,24 +106,22 @@ def blocks(run: Run) -> list[Picture]:
 
 
 def _picture(run: Run, path: str, name: str) -> Picture:
-    inside = [
-        p for p, names in run.structure.items() if names and p.startswith(f'{path}{MARK}')
-    ]
+    inside = [p for p, names in run.structure.items() if names and p.startswith(f'{path}{MARK}')]
     inside = in_order([path, *inside], run.layers)
     branches = sum(len(run.structure[p]) - 1 for p in inside)
-    title = f'{path}: {count(branches, "branch")} beside the conv'
+    title = f'{path}: {count(branches, "branch")}'
+    said = []
     if len(inside) > 1:
-        title += f', {count(len(inside) - 1, "block")} inside'
+        said.append(f'{count(len(inside) - 1, "block")} inside')
     born = {
         p: max(life.born for life in run.lives if life.path == p and life.gone is None)
         for p in inside
         if any(life.path == p and life.gone is None for life in run.lives)
     }
-    said = []
     if path in born:
-        said.append(f'grew at {when(run, born[path])}' if born[path] else 'there from the start')
-    if path in run.measured:
-        said.append(f'importances of {when(run, run.measured[path])}')
+        said.append(f'grown at {when(run, born[path])}' if born[path] else 'there from the start')
+    if run.measured.get(path, run.recorded) != run.recorded:
+        said.append(f'importances as of {when(run, run.measured[path])}')
     rows = []
     for p in inside:
         for operation in run.structure[p]:
@@ -134,7 +133,8 @@ def _picture(run: Run, path: str, name: str) -> Picture:
         if operation in run.structure[path]
     ]
     description = (
-        f'The block in the place of {path} sums {", ".join(run.structure[path])}. '
+        f'At {when(run, run.recorded)} the block in the place of {path} sums '
+        f'{", ".join(run.structure[path])}. '
         + (
             f'Most important beside the conv is {max(known, key=lambda x: x[1])[0]}. '
             if known
@@ -155,7 +155,7 @@ def _picture(run: Run, path: str, name: str) -> Picture:
 
 def _draw(group: Group) -> Figure:
     width, height = group.size
-    top, bottom = 26, 20
+    top, bottom = 30, 24
     width, total = width + 4, height + top + bottom
     fig = figure(width, total)
     ax = fig.add_axes((0, 0, 1, 1))
@@ -163,11 +163,11 @@ def _draw(group: Group) -> Figure:
     ax.set_ylim(total, 0)
     ax.axis('off')
     middle = width / 2
-    ax.text(middle, 8, 'input', ha='center', va='center', fontsize=8, color=MUTED)
-    _line(ax, [(middle, 15), (middle, top)])
+    ax.text(middle, 9, 'input', ha='center', va='center', fontsize=10.5, color=MUTED)
+    _line(ax, [(middle, 18), (middle, top)])
     _draw_group(ax, group, 2, top, outer=True)
-    _line(ax, [(middle, top + height - PAD), (middle, total - 14)])
-    ax.text(middle, total - 7, 'output', ha='center', va='center', fontsize=8, color=MUTED)
+    _line(ax, [(middle, top + height - PAD), (middle, total - 17)])
+    ax.text(middle, total - 8, 'output', ha='center', va='center', fontsize=10.5, color=MUTED)
     return fig
 
 
@@ -200,7 +200,7 @@ def _draw_group(ax: Axes, group: Group, left: float, top: float, outer: bool = F
         _draw_chain(ax, chain, centre, top + STEP)
         _line(ax, [(centre, top + STEP + tall), (centre, bottom + 3)])
         _draw_importance(ax, chain, centre, bottom + 3, most)
-        _line(ax, [(centre, bottom + FOOT - 6), (centre, foot)])
+        _line(ax, [(centre, bottom + FOOT - 8), (centre, foot)])
         x += wide + GAP
     for y in (split, foot):
         _line(ax, [(min(*centres, middle), y), (max(*centres, middle), y)])
@@ -241,7 +241,7 @@ def _draw_chain(ax: Axes, chain: Chain, centre: float, y: float) -> None:
             lw=0.7 if soft else 1.3,
         )
         ax.add_patch(frame)
-        ax.text(centre, y + TALL / 2 + 0.5, part, ha='center', va='center', fontsize=7.5)
+        ax.text(centre, y + TALL / 2 + 0.5, part, ha='center', va='center', fontsize=10)
         y += TALL + STEP
 
 
@@ -249,13 +249,13 @@ def _draw_importance(ax: Axes, chain: Chain, centre: float, y: float, most: floa
     """The number under a branch, and a bar that is as long as it is important."""
     value = 1.0 if chain.operation == ORIGIN else chain.importance
     text = 'conv: 1' if chain.operation == ORIGIN else number(value)
-    ax.text(centre, y + 6, text, ha='center', va='center', fontsize=7.5)
-    ax.add_patch(Rectangle((centre - BOX / 2, y + 13), BOX, 4, fc=FAINT, lw=0))
+    ax.text(centre, y + 7, text, ha='center', va='center', fontsize=10)
+    ax.add_patch(Rectangle((centre - BOX / 2, y + 16), BOX, 5, fc=FAINT, lw=0))
     if value is not None:
         wide = BOX * min(value / most, 1)
-        bar = Rectangle((centre - wide / 2, y + 13), wide, 4, fc=colour_of(chain.operation), lw=0)
+        bar = Rectangle((centre - wide / 2, y + 16), wide, 5, fc=colour_of(chain.operation), lw=0)
         ax.add_patch(bar)
-    _line(ax, [(centre, y + 17), (centre, y + 25)])
+    _line(ax, [(centre, y + 21), (centre, y + 30)])
 
 
 def _line(ax: Axes, points: Sequence[tuple[float, float]]) -> None:

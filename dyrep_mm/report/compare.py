@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dyrep_mm.report.data import Run, best_of, lower_is_better
 from dyrep_mm.report.drawing import DASHES, MARKERS, SERIES, Picture, figure
-from dyrep_mm.report.evolution import count, number
+from dyrep_mm.report.words import count, number, scale_of, scaled
 
 
 def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -31,16 +31,25 @@ def common_metric(runs: Sequence[Run], wanted: str | None) -> str | None:
 def table(runs: Sequence[Run], metric: str | None) -> tuple[list[str], list[list[str]]]:
     """The columns of Tables 2 and 3, a row for each method; with the spread where a method has
     several runs."""
-    columns = ['method', 'runs', 'training time, hours', 'time relative to plain']
-    columns += ['average multiply-adds, G', 'average parameters, M']
+    columns, scales = ['method', 'runs'], {}
+    for name, title in (
+        ('seconds', 'training steps'),
+        ('time', 'time relative to plain'),
+        ('multiply_adds', 'average multiply-adds'),
+        ('parameters', 'average parameters'),
+    ):
+        size, unit = (1, '')
+        if name != 'time':
+            size, unit = scale_of(name, [cost_of(run, name) for run in runs])
+        scales[name] = size
+        columns.append(f'{title}, {unit}' if unit else title)
     if metric is not None:
         columns += [f'{metric}, best', f'{metric}, last']
     rows = []
     for name, members in groups(runs).items():
-        row = [name, str(len(members)), _mean([run.hours for run in members])]
-        for key, scale in (('time', 1), ('multiply_adds', 1e9), ('parameters', 1e6)):
-            values = [run.averages.get(key) for run in members]
-            row.append(_mean([None if value is None else value / scale for value in values]))
+        row = [name, str(len(members))]
+        for key, size in scales.items():
+            row.append(_mean([scaled(cost_of(run, key), size) for run in members]))
         if metric is not None:
             curves = [run.metrics[metric] for run in members if metric in run.metrics]
             row.append(_mean([best_of(points, metric)[1] for points in curves], 4))
@@ -85,9 +94,9 @@ def curves(runs: Sequence[Run], metric: str) -> Picture:
 
 
 def _draw_curves(runs: Sequence[Run], metric: str) -> Figure:
-    width, height = 860, 380
+    width, height = 960, 420
     fig = figure(width, height)
-    ax = fig.add_axes((0.08, 0.13, 0.7, 0.82))
+    ax = fig.add_axes((0.08, 0.13, 0.72, 0.83))
     names = list(groups(runs))
     seen = set()
     for run in runs:
@@ -112,55 +121,46 @@ def _draw_curves(runs: Sequence[Run], metric: str) -> Figure:
     return fig
 
 
-#: Costs of training: attribute, title of the axis, unit.
-COSTS = (
-    ('hours', 'time of training steps, hours', 'hours'),
-    ('multiply_adds', 'average multiply-adds in training, G', 'G multiply-adds'),
-)
+#: Costs of training, and the title of their axis.
+COSTS = {
+    'seconds': 'time of training steps',
+    'multiply_adds': 'average multiply-adds in training',
+}
 
 
 def cost_of(run: Run, cost: str) -> float | None:
-    """What the training of a run cost, in the unit of :data:`COSTS`."""
-    if cost == 'hours':
-        return run.hours
-    value = run.averages.get(cost)
-    return None if value is None else value / 1e9
+    """What the training of a run cost: ``seconds``, or one of its averages."""
+    return run.seconds if cost == 'seconds' else run.averages.get(cost)
 
 
 def against_cost(runs: Sequence[Run], metric: str) -> Picture | None:
-    """The metric against what training cost (Figure 1); None where fewer than two runs have both."""
+    """The metric against what training cost (Figure 1); None if fewer than two runs have both."""
     shown = [run for run in runs if metric in run.metrics]
-    costs = [
-        cost
-        for cost in COSTS
-        if sum(cost_of(run, cost[0]) is not None for run in shown) > 1
-    ]
+    costs = []
+    for cost, title in COSTS.items():
+        known = [value for run in shown if (value := cost_of(run, cost)) is not None]
+        if len(known) > 1:
+            costs.append((cost, title, *scale_of(cost, known)))
     if not costs:
         return None
-    parts = []
+    parts, rows = [], []
     for run in shown:
-        known = [
-            f'{number(cost_of(run, name))} {unit}'
-            for name, _, unit in costs
-            if cost_of(run, name) is not None
-        ]
+        values = [scaled(cost_of(run, cost), size) for cost, _, size, _ in costs]
         value = number(best_of(run.metrics[metric], metric)[1], 4)
+        rows.append((run.label, run.group, value, *map(number, values)))
+        known = [
+            f'{number(x)} {unit}{"" if cost == "seconds" else " multiply-adds"}'
+            for x, (cost, _, _, unit) in zip(values, costs, strict=True)
+            if x is not None
+        ]
         parts.append(f'{run.label}: {value} for {" and ".join(known) or "an unknown cost"}.')
     return Picture(
         'cost',
         f'best {metric} against what training cost',
         ' '.join(parts),
         partial(_draw_cost, shown, metric, costs),
-        ('run', 'method', metric, *(title for _, title, _ in costs)),
-        [
-            (
-                run.label,
-                run.group,
-                number(best_of(run.metrics[metric], metric)[1], 4),
-                *(number(cost_of(run, name)) for name, _, _ in costs),
-            )
-            for run in shown
-        ],
+        ('run', 'method', metric, *(f'{title}, {unit}' for _, title, _, unit in costs)),
+        rows,
     )
 
 
@@ -168,18 +168,18 @@ def _draw_cost(runs: Sequence[Run], metric: str, costs: Sequence[tuple]) -> Figu
     width, height = 430 * len(costs) + 20, 330
     fig = figure(width, height)
     names = list(groups(runs))
-    for k, (cost, title, _) in enumerate(costs):
+    for k, (cost, title, size, unit) in enumerate(costs):
         ax = fig.add_axes(
             ((70 + 430 * k) / width, 48 / height, 340 / width, (height - 66) / height)
         )
         for run in runs:
-            if (x := cost_of(run, cost)) is None:
+            if (x := scaled(cost_of(run, cost), size)) is None:
                 continue
             i, y = names.index(run.group), best_of(run.metrics[metric], metric)[1]
             ax.plot([x], [y], ls='', marker=MARKERS[i % 7], ms=9, color=SERIES[i % 7])
-            ax.annotate(run.label, (x, y), (8, 6), textcoords='offset points', fontsize=8.5)
+            ax.annotate(run.label, (x, y), (8, 6), textcoords='offset points', fontsize=10.5)
         ax.margins(0.28, 0.18)
-        ax.set_xlabel(title)
+        ax.set_xlabel(f'{title}, {unit}')
         if not k:
             ax.set_ylabel(f'{metric}, best')
         ax.xaxis.set_major_locator(MaxNLocator(5))

@@ -12,11 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from dyrep_mm.engine.checkpoint import is_whole, load_checkpoint, weights_of
+from dyrep_mm.engine.stock import from_stock
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.evolution.record import Entry, Record
+from dyrep_mm.reparam.branches import ORIGIN
 from dyrep_mm.report.history import Life, first_structure, last_importances, lives, outermost
 from dyrep_mm.report.logs import Log, counts_epochs, read_log, settings_in
-from dyrep_mm.reparam.branches import ORIGIN
 from dyrep_mm.surgery.structure import PRESETS, Structure
 
 Points = list[tuple[float, float]]
@@ -53,7 +54,8 @@ class Run:
         left_alone: Why convs stay plain.
         metrics: Every validation metric over time.
         loss: Of the training, over time.
-        hours: Of training steps, by the log.
+        seconds: Of training steps, by the log.
+        steps: How many they are.
         plain: Parameters and multiply-adds of the plain model, ``parameters`` and
             ``multiply_adds``.
         first: The same of the model at the first iteration.
@@ -81,7 +83,8 @@ class Run:
     left_alone: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, Points] = field(default_factory=dict)
     loss: Points = field(default_factory=list)
-    hours: float | None = None
+    seconds: float | None = None
+    steps: int = 0
     plain: dict[str, float] = field(default_factory=dict)
     first: dict[str, float | None] = field(default_factory=dict)
     averages: dict[str, float] = field(default_factory=dict)
@@ -181,6 +184,7 @@ def make_run(label: str, source: str, checkpoint: Mapping[str, Any], log: Log) -
         DyRepError: the record in the checkpoint is malformed.
     """
     try:
+        checkpoint = from_stock(dict(checkpoint))
         record = Record.from_checkpoint(checkpoint)
     except DyRepError as error:
         raise DyRepError(f'{source}: {error}') from None
@@ -274,14 +278,14 @@ def _set_times(
     if planned is None and not in_epochs and per_epoch and type(loop.get('max_epochs')) is int:
         planned = round(loop['max_epochs'] * per_epoch)
     run.planned = planned if type(planned) is int else None
-    _set_hours(run, log, time)
+    _set_seconds(run, log, time)
 
 
 def _heads(log: Log) -> list[tuple[str, int, int | None]]:
     return [('', step, epoch) for step, epoch, _ in log.steps]
 
 
-def _set_hours(run: Run, log: Log, time) -> None:
+def _set_seconds(run: Run, log: Log, time) -> None:
     last, seconds, plain = 0, 0.0, []
     first = min((entry.at for entry in run.journal if entry.grown), default=None)
     for step, _, values in log.steps:
@@ -293,7 +297,7 @@ def _set_hours(run: Run, log: Log, time) -> None:
         last = step
     if not last:
         return
-    run.hours = seconds / 3600
+    run.seconds, run.steps = seconds, last
     if len(plain) > 1:
         # The first line has the start of everything in it.
         step_time = sum(t * n for t, n in plain[1:]) / sum(n for _, n in plain[1:])
@@ -375,15 +379,20 @@ def _parameters(checkpoint: Mapping[str, Any]) -> int | None:
 
 
 def share_plain_costs(runs: Sequence[Run]) -> None:
-    """Give plain runs the multiply-adds that other runs know of the same model."""
-    known = {
-        run.plain['parameters']: run.plain['multiply_adds']
-        for run in runs
-        if {'parameters', 'multiply_adds'} <= run.plain.keys()
-    }
+    """Let runs of the same model know of each other what they do not know themselves: the
+    multiply-adds of the plain model, and the time of its steps."""
     for run in runs:
-        if run.group == 'plain' and (count := run.plain.get('parameters')) in known:
-            run.plain['multiply_adds'] = run.averages['multiply_adds'] = known[count]
+        same = [r for r in runs if r.plain.get('parameters') == run.plain.get('parameters')]
+        if 'parameters' not in run.plain:
+            continue
+        for other in same:
+            if 'multiply_adds' not in run.plain and 'multiply_adds' in other.plain:
+                run.plain['multiply_adds'] = other.plain['multiply_adds']
+                if run.group == 'plain':
+                    run.averages['multiply_adds'] = other.plain['multiply_adds']
+        plain = [r.seconds / r.steps for r in same if r.group == 'plain' and r.seconds]
+        if 'time' not in run.averages and plain and run.seconds:
+            run.averages['time'] = run.seconds / run.steps / (sum(plain) / len(plain))
 
 
 def _facts(
@@ -393,7 +402,8 @@ def _facts(
     if (model := _model(config.get('model'))) is not None:
         facts['model'] = model
     if isinstance(meta.get('experiment_name'), str):
-        facts['experiment'] = meta['experiment_name']
+        # mmengine adds the time, which stands below.
+        facts['experiment'] = re.sub(r'_\d{8}_\d{6}$', '', meta['experiment_name'])
     if run.seed is not None:
         facts['seed'] = str(run.seed)
     if log.started is not None:

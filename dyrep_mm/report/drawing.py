@@ -41,11 +41,11 @@ DASHES = ('-', (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), '-', (0, (5, 2)), 
 STYLE = {
     'font.family': 'sans-serif',
     'font.sans-serif': ['DejaVu Sans', 'Verdana', 'sans-serif'],
-    'font.size': 9,
-    'axes.titlesize': 9.5,
+    'font.size': 11,
+    'axes.titlesize': 11.5,
     'axes.titleweight': 'bold',
     'axes.titlelocation': 'left',
-    'axes.labelsize': 9,
+    'axes.labelsize': 11,
     'axes.spines.top': False,
     'axes.spines.right': False,
     'axes.linewidth': 0.8,
@@ -63,7 +63,9 @@ STYLE = {
     'xtick.labelcolor': INK,
     'ytick.labelcolor': INK,
     'legend.frameon': False,
-    'legend.fontsize': 9,
+    'legend.fontsize': 10.5,
+    'xtick.labelsize': 10.5,
+    'ytick.labelsize': 10.5,
     'svg.fonttype': 'none',
     'svg.hashsalt': 'dyrep_mm',
     'figure.facecolor': 'none',
@@ -140,15 +142,13 @@ def for_page(svg: str, name: str, title: str, description: str) -> str:
     svg = re.sub(r'<!--.*?-->|<metadata>.*?</metadata>', '', svg, flags=re.DOTALL)
     # Only what is referred to needs a name, and no two in a page may be the same.
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg))
-    svg = re.sub(
-        r' id="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else '', svg
-    )
+    svg = re.sub(r' id="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else '', svg)
     svg = re.sub(r'(url\(#|href="#)', rf'\g<1>{name}-', svg.replace('xlink:href', 'href'))
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f'var({variable})')
     svg = re.sub(r'>\s+<', '><', svg)
     # Trailing digits are below a thousandth of a pixel.
-    svg = re.sub(r'(\d+\.\d{2})\d+', r'\1', svg)
+    svg = re.sub(r'<[^>]*>', lambda tag: re.sub(r'(\d+\.\d{2})\d+', r'\1', tag[0]), svg)
     (width,) = re.findall(r'<svg[^>]* width="([\d.]+)pt"', svg)
     (box,) = re.findall(r'viewBox="([^"]+)"', svg)
     head = (

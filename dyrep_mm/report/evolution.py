@@ -33,36 +33,23 @@ from dyrep_mm.report.history import (
     outermost,
     short_names,
 )
+from dyrep_mm.report.words import count, number, scale_of
 
-#: Points: of a figure, its margins, a lane of a branch, a row without one, the space around.
-WIDTH, LEFT, RIGHT, LANE, THIN, GAP = 1060, 230, 74, 3.6, 9, 5
+#: Points: width of a figure, its right margin, a lane of a branch, a row without one, the rest.
+WIDTH, RIGHT, LANE, THIN, GAP = 1090, 100, 3.8, 15, 5
+#: Of a letter of a label, and of a step to the right.
+LETTER, INDENT = 6.4, 18
 #: Of a curve above the rows: height, with the space for its title.
-PANEL, ABOVE = 92, 30
+PANEL, ABOVE = 100, 34
 #: So many neighbours that stay plain are one row.
 FOLD = 3
 #: So many operations of an update are shown.
 TOP = 5
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """A number for people; a dash for one that is not known."""
-    if value is None:
-        return '–'
-    if not math.isfinite(value):
-        return str(value)
-    text = f'{value:.{digits}g}'
-    return f'{value:,.0f}' if abs(value) >= 1000 and float(value).is_integer() else text
-
-
 def when(run: Run, at: float) -> str:
     """A time of a run, as in a sentence."""
     return f'{run.unit} {number(at, 6)}'
-
-
-def count(n: int, noun: str) -> str:
-    """``1 branch``, ``2 branches``."""
-    plural = f'{noun}es' if noun.endswith(('ch', 's')) else f'{noun}s'
-    return f'{n} {noun if n == 1 else plural}'
 
 
 def place_name(path: str, names: dict[str, str]) -> str:
@@ -83,9 +70,12 @@ def evolution(run: Run, metric: str | None) -> Picture:
     updates = [entry for entry in run.journal if entry.grown or entry.pruned]
     pruned = [life for life in run.lives if life.cut]
     alive = [life for life in run.lives if life.gone is None]
+    many, changed = len({outermost(path) for path in grown}), {life.path for life in run.lives}
+    changed -= run.start.keys()
     title = (
-        f'{run.label}: {count(len({outermost(p) for p in grown}), "layer")} of '
-        f'{count(len(_layers(run)), "layer")} grew over {number(run.recorded, 6)} {run.unit}s'
+        f'{run.label}: {many} of {count(len(_layers(run)), "layer")} '
+        + ('grew' if changed else 'had branches from the start, and kept them')
+        + f' over {number(run.recorded, 6)} {run.unit}s'
     )
     description = (
         f'Layers from input to output downwards, training time in {run.unit}s to the right. '
@@ -119,7 +109,7 @@ def evolution(run: Run, metric: str | None) -> Picture:
         'Each row is a layer and each bar a branch of it, from its growth (▲ on the row) to the '
         'update that pruned it (×). A conv inside a branch that became a block itself is indented '
         'below it.'
-        + (f' Names are without {_head(run, names)}.' if _head(run, names) else ''),
+        + (f' Names are without the leading "{_head(run, names)}".' if _head(run, names) else ''),
     )
 
 
@@ -150,33 +140,32 @@ def _rows(run: Run) -> list[tuple[str, list[str]]]:
         else:
             for path in paths:
                 inside = depth(path)
-                label = '     ' * (inside - 1) + ('└ ' if inside else '')
-                result.append((label + place_name(path, names), [path]))
+                label = ('└ ' if inside else '') + place_name(path, names)
+                result.append((label, [path]))
     return result
 
 
 def _draw_evolution(run: Run, metric: str | None) -> Figure:
     rows = _rows(run)
     operations = operations_in(life.operation for life in run.lives)
+    left = 24 + max(len(label) * LETTER + INDENT * depth(paths[0]) for label, paths in rows)
     tall = len(operations) * LANE + 2 * GAP
     grown = {life.path for life in run.lives}
     heights = [tall if paths[0] in grown else THIN for _, paths in rows]
     panels = _panels(run, metric)
-    legend = 34
-    below = sum(heights) + 44
+    legend = 38
+    below = sum(heights) + 50
     height = len(panels) * (PANEL + ABOVE) + legend + below
     fig = figure(WIDTH, height)
     end = max(run.reached, 1)
 
     def axes(top: float, tall: float) -> Axes:
-        width = WIDTH - LEFT - RIGHT
-        return fig.add_axes(
-            (LEFT / WIDTH, 1 - (top + tall) / height, width / WIDTH, tall / height)
-        )
+        width = WIDTH - left - RIGHT
+        return fig.add_axes((left / WIDTH, 1 - (top + tall) / height, width / WIDTH, tall / height))
 
     top = 0.0
     for title, unit, draw in panels:
-        ax = axes(top + ABOVE - 8, PANEL)
+        ax = axes(top + ABOVE - 10, PANEL)
         ax.set_title(title)
         ax.set_ylabel(unit)
         draw(ax)
@@ -185,7 +174,7 @@ def _draw_evolution(run: Run, metric: str | None) -> Figure:
         ax.yaxis.set_major_locator(MaxNLocator(4))
         top += PANEL + ABOVE
     ax = axes(top + legend, sum(heights))
-    _draw_rows(ax, run, rows, heights, operations)
+    _draw_rows(ax, run, rows, heights, operations, left)
     ax.set_xlim(0, end)
     ax.set_xlabel(f'{run.unit}s of training')
     ax.xaxis.set_major_locator(MaxNLocator(12, integer=True))
@@ -197,7 +186,7 @@ def _draw_evolution(run: Run, metric: str | None) -> Figure:
     fig.legend(
         handles=handles,
         loc='upper left',
-        bbox_to_anchor=(LEFT / WIDTH - 0.012, 1 - (top - 2) / height),
+        bbox_to_anchor=(left / WIDTH - 0.012, 1 - (top - 2) / height),
         ncols=len(handles),
         handlelength=1.4,
         columnspacing=1.5,
@@ -211,16 +200,14 @@ def _panels(run: Run, metric: str | None) -> list[tuple]:
         panels.append((f'{metric} on the validation set', '', partial(_draw_metric, run, metric)))
     elif run.loss:
         panels.append(('loss of training', '', lambda ax: ax.plot(*_xy(run.loss), color=BLUE)))
-    known = [entry for entry in run.journal if entry.multiply_adds is not None]
-    if known:
-        scale, unit = (1e9, 'G') if max(e.multiply_adds for e in known) >= 1e8 else (1e6, 'M')
-        draw = partial(_draw_cost, run, 'multiply_adds', scale, VERMILION)
-        panels.append(('multiply-adds of one image in training', unit, draw))
-    known = [entry for entry in run.journal if entry.parameters is not None]
-    if known:
-        scale, unit = (1e6, 'M') if max(e.parameters for e in known) >= 1e5 else (1e3, 'k')
-        draw = partial(_draw_cost, run, 'parameters', scale, GREEN)
-        panels.append(('parameters in training', unit, draw))
+    for name, title, colour in (
+        ('multiply_adds', 'multiply-adds of one image in training', VERMILION),
+        ('parameters', 'parameters in training', GREEN),
+    ):
+        known = [value for e in run.journal if (value := getattr(e, name)) is not None]
+        if known:
+            size, unit = scale_of(name, known)
+            panels.append((title, unit, partial(_draw_cost, run, name, size, colour)))
     return panels
 
 
@@ -258,7 +245,7 @@ def _draw_cost(run: Run, name: str, scale: float, colour: str, ax: Axes) -> None
     room = (high - low) * 0.15 or 1
     ax.set_ylim(min(low, *ys) - room, max(high, *ys) + room)
     # Side by side, and not one on the other.
-    least = (ax.get_ylim()[1] - ax.get_ylim()[0]) / (PANEL / 12)
+    least = (ax.get_ylim()[1] - ax.get_ylim()[0]) / (PANEL / 14)
     at = -math.inf
     for value, text in sorted(said):
         at = max(value, at + least)
@@ -274,7 +261,7 @@ def _say(ax: Axes, y: float, text: str, colour: str) -> None:
         textcoords='offset points',
         va='center',
         color=INK if colour == MUTED else colour,
-        fontsize=8,
+        fontsize=10,
         annotation_clip=False,
     )
 
@@ -285,6 +272,7 @@ def _draw_rows(
     rows: Sequence[tuple[str, list[str]]],
     heights: Sequence[float],
     operations: Sequence[str],
+    left: float,
 ) -> None:
     by_path: dict[str, list[Life]] = {}
     for life in run.lives:
@@ -319,25 +307,25 @@ def _draw_rows(
             )
             if life.cut:
                 ax.plot([end], [lane], marker='x', ms=3.2, mew=1.1, color=INK, zorder=5)
-        left = sum(life.gone is None for life in mine)
+        last = sum(life.gone is None for life in mine)
         ax.annotate(
-            count(left, 'branch') if left else 'plain again',
+            count(last, 'branch') if last else 'plain again',
             (1, middle),
             (6, 0),
             xycoords=ax.get_yaxis_transform(),
             textcoords='offset points',
             va='center',
-            fontsize=7.5,
+            fontsize=10,
             color=MUTED,
             annotation_clip=False,
         )
         y += tall
     ax.set_ylim(y, 0)
-    ax.set_yticks(ticks, labels, fontsize=8)
+    ax.set_yticks(ticks, labels, fontsize=10.5)
     ax.tick_params(axis='y', length=0)
     for text, (_, paths) in zip(ax.get_yticklabels(), rows, strict=True):
         text.set_ha('left')
-        text.set_x(-(LEFT - 10) / (WIDTH - LEFT - RIGHT))
+        text.set_x((INDENT * depth(paths[0]) - left + 4) / (WIDTH - left - RIGHT))
         text.set_color(INK if paths[0] in by_path else MUTED)
     ax.grid(axis='y', visible=False)
     ax.spines['left'].set_visible(False)
@@ -376,8 +364,11 @@ def scores(run: Run) -> Picture | None:
         f'{count(len(shown), "operation")} that was once among the best {TOP}. The number in a '
         'cell is the rank by score; what grew is framed. '
         f'At the last update {best[0]} was first'
-        + (f' and {second[0]} second, with {number(second[1])} to {number(best[1])}.' if second
-           else '.')
+        + (
+            f' and {second[0]} second, with {number(second[1])} to {number(best[1])}.'
+            if second
+            else '.'
+        )
     )
     rows = [
         (
@@ -398,21 +389,26 @@ def scores(run: Run) -> Picture | None:
         partial(_draw_scores, run, entries, in_order(shown, run.layers)),
         ('update', run.unit, 'rank', 'operation', 'score', ''),
         rows,
-        f'The darker a cell, the closer its score is to the best of the update. Numbers are the '
-        f'ranks 1 to {TOP}; a frame marks what grew. An empty cell stands for a lower score, or '
-        'for an operation that could not grow at that update.',
+        'The stronger the blue of a cell, the closer its score is to the best one. Numbers '
+        f'are the ranks 1 to {TOP}; a frame marks what grew. A row is empty where its operation '
+        'could not grow. The first one does not grow where the same update prunes the branch that '
+        'it lies in.',
     )
 
 
 def _draw_scores(run: Run, entries: Sequence, shown: Sequence[str]) -> Figure:
-    cell, tall, label = 23, 15, 290
-    width = max(label + cell * len(entries) + 24, 560)
-    height = tall * len(shown) + 74
+    names = short_names({outermost(path) for path in shown})
+    labels = [
+        names[outermost(p)] + ''.join(f' › {part}' for part in p.split(MARK)[1:]) for p in shown
+    ]
+    label, tall = 24 + LETTER * max(map(len, labels)), 18
+    cell = min(max((WIDTH - label - 20) / len(entries), 16), 26)
+    width = max(label + cell * len(entries) + 20, 480)
+    height = tall * len(shown) + 84
     fig = figure(width, height)
     ax = fig.add_axes(
-        (label / width, 44 / height, cell * len(entries) / width, tall * len(shown) / height)
+        (label / width, 50 / height, cell * len(entries) / width, tall * len(shown) / height)
     )
-    names = short_names({outermost(path) for path in shown})
     for i, entry in enumerate(entries):
         best = dict(ranking(entry.scores))
         ranks = {path: rank for rank, path in enumerate(best, 1)}
@@ -422,26 +418,19 @@ def _draw_scores(run: Run, entries: Sequence, shown: Sequence[str]) -> Figure:
             if score is None or not math.isfinite(score):
                 continue
             share = max(score / highest, 0) if highest else 0
-            ax.add_patch(
-                Rectangle((i, j), 1, 1, fc=BLUE, alpha=0.05 + 0.5 * min(share, 1), lw=0)
-            )
+            ax.add_patch(Rectangle((i, j), 1, 1, fc=BLUE, alpha=0.05 + 0.5 * min(share, 1), lw=0))
             if path in ranks:
-                ax.text(
-                    i + 0.5, j + 0.54, str(ranks[path]), ha='center', va='center', fontsize=8
-                )
+                ax.text(i + 0.5, j + 0.54, str(ranks[path]), ha='center', va='center', fontsize=10)
             if path in entry.grown:
                 ax.add_patch(
                     Rectangle((i + 0.06, j + 0.06), 0.88, 0.88, fc='none', ec=VERMILION, lw=1.8)
                 )
     ax.set_xlim(0, len(entries))
     ax.set_ylim(len(shown), 0)
-    labels = [
-        names[outermost(p)] + ''.join(f' › {part}' for part in p.split(MARK)[1:]) for p in shown
-    ]
-    ax.set_yticks([j + 0.5 for j in range(len(shown))], labels, fontsize=8)
-    every = max(1, math.ceil(len(entries) / (cell * len(entries) / 30)))
+    ax.set_yticks([j + 0.5 for j in range(len(shown))], labels, fontsize=10.5)
+    every = math.ceil(34 / cell)
     ticks = range(0, len(entries), every)
-    ax.set_xticks([i + 0.5 for i in ticks], [number(entries[i].at, 6) for i in ticks], fontsize=8)
+    ax.set_xticks([i + 0.5 for i in ticks], [number(entries[i].at, 6) for i in ticks], fontsize=10)
     ax.set_xlabel(f'{run.unit} of the update')
     ax.tick_params(length=0)
     ax.grid(visible=False)

@@ -32,26 +32,37 @@ class Life:
 
 
 def first_structure(structure: Structure, journal: Sequence[Entry]) -> Structure:
-    """What a run started with: the blocks that no update made.
+    """What a run started with: the branches that no update made.
 
     Args:
         structure: After the last update.
         journal: All updates.
     """
+    start: Structure = {}
     grown = {path for entry in journal for path in entry.grown}
-    start = {path: list(names) for path, names in structure.items() if names and path not in grown}
-    for entry in journal:
-        for path, names in entry.pruned.items():
-            if path not in grown:
-                known = start.setdefault(path, [ORIGIN])
-                known += [name for name in names if name not in known]
-    return start
+    last = [(path, name) for path, names in structure.items() for name in names if name != ORIGIN]
+    while True:
+        found, unknown = _replay(start, journal)
+        alive = {(life.path, life.operation) for life in found if life.gone is None}
+        # A block that moved to another path was made all the same: the pruned ones tell first.
+        new = unknown or [at for at in last if at not in alive and at[0] not in grown]
+        new = [(path, name) for path, name in new if name not in start.get(path, ())]
+        if not new:
+            return start
+        for path, name in new:
+            start.setdefault(path, [ORIGIN]).append(name)
 
 
 def lives(start: Structure, journal: Sequence[Entry]) -> list[Life]:
     """Every branch that a run ever had, in the order in which they grew."""
+    return _replay(start, journal)[0]
+
+
+def _replay(start: Structure, journal: Sequence[Entry]) -> tuple[list[Life], list[tuple[str, str]]]:
+    """The branches, and what was pruned without having been there, by path and name."""
     alive: dict[tuple[str, str], Life] = {}
     ended: list[Life] = []
+    unknown: list[tuple[str, str]] = []
 
     def grow(path: str, names: Iterable[str], at: int) -> None:
         for name in names:
@@ -61,6 +72,8 @@ def lives(start: Structure, journal: Sequence[Entry]) -> list[Life]:
     def end(path: str, name: str, at: int, cut: bool) -> None:
         if (life := alive.pop((path, name), None)) is not None:
             ended.append(Life(life.path, life.operation, life.born, at, cut))
+        else:
+            unknown.append((path, name))
 
     for path, names in start.items():
         grow(path, names, 0)
@@ -74,12 +87,10 @@ def lives(start: Structure, journal: Sequence[Entry]) -> list[Life]:
                 for other in [key for key in alive if f'{key[0]}.'.startswith(inside)]:
                     end(*other, entry.at, False)
             _move_up(alive, ended, path, entry.at)
-    return sorted([*ended, *alive.values()], key=lambda life: life.born)
+    return sorted([*ended, *alive.values()], key=lambda life: life.born), unknown
 
 
-def _move_up(
-    alive: dict[tuple[str, str], Life], ended: list[Life], path: str, at: int
-) -> None:
+def _move_up(alive: dict[tuple[str, str], Life], ended: list[Life], path: str, at: int) -> None:
     """A block without added branches gives its place to its ``kxk``, which may be a block."""
     if any(p == path for p, _ in alive):
         return

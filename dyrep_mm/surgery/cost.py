@@ -26,13 +26,17 @@ Sizes = dict[str, list[list[float]]]
 class SizeWatch:
     """Notes the sizes of the maps that convs, linear layers and outermost blocks of ``model`` see.
 
-    It watches from its construction until :meth:`finish`. The first call of a layer says how many
-    images a batch has.
+    It watches from its construction until :meth:`finish`.
+
+    Attributes:
+        images: How many a batch has, by the first call of a layer; None before it.
+        autocast: Whether layers run under autocast.
     """
 
     def __init__(self, model: nn.Module):
         self._calls: dict[str, dict[tuple[int, int], int]] = {}
-        self._images: int | None = None
+        self.images: int | None = None
+        self.autocast = False
         self._handles = [
             module.register_forward_pre_hook(self._noter(path), with_kwargs=True)
             for path, module in model.named_modules()
@@ -49,8 +53,12 @@ class SizeWatch:
             linear = isinstance(module, nn.Linear)
             size = (1, 1) if linear else tuple(x.shape[-2:])
             count = x.numel() // max(x.shape[-1] if linear else x.shape[-3:].numel(), 1)
-            if self._images is None:
-                self._images = max(len(x), 1)
+            if self.images is None:
+                self.images = max(len(x), 1)
+            kind = x.device.type
+            self.autocast |= torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(
+                kind
+            )
             calls = self._calls.setdefault(path, {})
             calls[size] = calls.get(size, 0) + count
 
@@ -61,7 +69,7 @@ class SizeWatch:
         for handle in self._handles:
             handle.remove()
         return {
-            path: [[count / self._images, *size] for size, count in calls.items()]
+            path: [[count / self.images, *size] for size, count in calls.items()]
             for path, calls in self._calls.items()
         }
 

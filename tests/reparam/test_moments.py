@@ -11,7 +11,7 @@ from torch import nn
 
 from dyrep_mm.reparam.geometry import ConvSpec
 from dyrep_mm.reparam.kernels import Kernel
-from dyrep_mm.reparam.moments import BlockInput, Moments, fold_batch
+from dyrep_mm.reparam.moments import BlockInput, Moments, Source, Statistics, fold
 from support.checks import assert_same
 from support.nets import image, randomise, snapshot
 
@@ -73,6 +73,11 @@ def test_a_variance_is_never_negative():
     assert (Moments.of(x, 1).through(Kernel(weight, torch.zeros(2)))[1] >= 0).all()
 
 
+def found(kernel, x):
+    moments = Moments.of(x, 1)
+    return Statistics(*moments.through(kernel), moments.count)
+
+
 def with_gradient(values, x):
     total = sum(value.sin().sum() for value in values)
     return *values, *torch.autograd.grad(total, x, retain_graph=True)
@@ -120,7 +125,11 @@ def test_a_norm_folds_and_records_as_it_runs(kind):
     kernel = pointwise()
     for _ in range(3):
         x = image(2, 4, 7, 6)
-        folded = fold_batch(kernel, bn, Moments.of(x, 1))
+        source = Source()
+        if bn.training or bn.running_mean is None:
+            source.found.append((bn, found(kernel, x)))
+        folded = fold(kernel, bn, *(found for _, found in source.found))
+        source.record()
         assert_same(F.conv2d(x, *folded).detach(), twin(F.conv2d(x, *kernel)).detach())
         for (name, buffer), other in zip(bn.named_buffers(), twin.buffers(), strict=True):
             assert_same(buffer.double(), other.double(), name)
@@ -133,5 +142,5 @@ def test_one_value_has_no_variance():
     bn.reset_running_stats()
     state = snapshot(bn)
     with pytest.raises(ValueError, match='more than 1 value per channel'):
-        fold_batch(pointwise(), bn, Moments.of(x, 1))
+        fold(pointwise(), bn, found(pointwise(), x))
     assert all(torch.equal(state[name], tensor) for name, tensor in bn.state_dict().items())

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 
 from dyrep_mm import DyRepHook
 from dyrep_mm.engine.checkpoint import load_checkpoint
+from dyrep_mm.engine.stock import from_stock
 from dyrep_mm.evolution.record import Entry, Record
 from dyrep_mm.surgery.candidates import candidates
 from dyrep_mm.surgery.structure import Plan
@@ -331,6 +332,11 @@ def call_at(run: Runner, call: Callable[[Runner], Any], *moment: str) -> None:
     """Call a function at a moment of the run."""
     hook = At(call, *moment)
     run.register_hook(hook, hook.priority)
+
+
+def with_branches(file: Path) -> dict[str, Any]:
+    """A checkpoint, with the weights of the model that trained in ``state_dict``."""
+    return from_stock(load_checkpoint(file))
 
 
 def journal(file: Path) -> list[Entry]:
