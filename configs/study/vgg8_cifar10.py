@@ -16,6 +16,4 @@ param_scheduler = [
 train_cfg = dict(by_epoch=True, max_epochs=16, val_interval=1)
 val_cfg = dict()
 test_cfg = dict()
-default_hooks = dict(
-    checkpoint=dict(interval=1, max_keep_ckpts=2), logger=dict(interval=100)
-)
+default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=2), logger=dict(interval=100))
