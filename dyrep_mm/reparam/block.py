@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
@@ -86,14 +87,13 @@ class Block(nn.Module):
     block computes in eval mode.
 
     Where no norm of the block uses batch statistics (``branch_norm='fixed'``, ``norm_eval=True``,
-    inference) the block is linear and runs as one conv with the merged kernel, differentiably.
-    With ``branch_norm='sampled'`` it does so too, with the statistics of a sample of the batch.
-    With ``'batch'`` the
-    branches whose batch statistics follow from those of the input (:mod:`dyrep_mm.reparam.moments`)
-    merge into that conv, the others run beside it. On small maps, in half precision, under
-    autocast, in a trace, with SyncBN, or while hooks watch a module of the block, all run. A batch
-    with fewer than two values a channel has no statistics: the block then computes, and trains,
-    what it is in eval mode.
+    inference) the block is linear and runs as one conv with the merged kernel, differentiably. With
+    ``branch_norm='sampled'`` it does so too, with the statistics of a sample of the batch. With
+    ``'batch'`` the branches whose statistics follow from those of the input merge into that conv
+    (:mod:`dyrep_mm.reparam.moments`), the others run beside it; on small maps, in half precision,
+    under autocast, in a trace, with SyncBN, or while hooks watch a module of the block, all run. A
+    batch with fewer than two values a channel has no statistics: the block then computes, and
+    trains, what it is in eval mode.
 
     A block stands in the place of a conv: it is called as one, has its geometry, and ``weight``
     and ``bias`` to read. Both are merged from the branches, so nobody can set them.
@@ -238,7 +238,7 @@ class Block(nn.Module):
         # In place: neither a conv nor a BN needs its output for the backward. A forward hook that
         # keeps the output of `branches.kxk` must clone it.
         for branch, inner in running:
-            out.addcmul_(self._output(branch, x, inner), branch.unit.view(-1, 1, 1))
+            out += self._output(branch, x, inner)
         return out
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -326,10 +326,21 @@ class Block(nn.Module):
         return self.spec.convolve(x, Kernel(kernel.weight.to(dtype), kernel.bias.to(dtype)))
 
     def _output(self, branch: Branch, x: Tensor, inner: Kernel | None) -> Tensor:
-        """Output of ``branch``, of which the backward keeps ``x`` alone if it may recompute."""
+        """Output of ``branch`` in its unit, of which the backward keeps ``x`` alone if it may
+        recompute."""
 
         def output(x: Tensor) -> Tensor:
-            return branch(x) if inner is None else branch.bn(self.spec.convolve(x, inner))
+            module, prefix, y = branch, 'bn.', x
+            if inner is not None:
+                module, prefix, y = branch.bn, '', self.spec.convolve(x, inner)
+            if is_recorded():  # a trace knows the parameters of a module alone
+                return module(y) * branch.unit.view(-1, 1, 1)
+            # Behind the norm the unit would cost a map.
+            scaled = {
+                f'{prefix}{name}': getattr(branch.bn, name) * branch.unit
+                for name in ('weight', 'bias')
+            }
+            return functional_call(module, scaled, (y,))
 
         if not self.recompute:
             return output(x)
@@ -404,9 +415,12 @@ class Block(nn.Module):
         The unit of each new branch is ``origin_std``, its scale is ``init_scale``, and its shift is
         what makes its merged bias zero: the conv needs no bias of its own to make up for it.
         """
-        # A branch of a dead channel, with a unit of zero, could never wake it.
+        # A branch of a dead channel, with a unit of zero, could never wake it. Where all are dead,
+        # nothing says how large a start would be small.
         least = self.origin_std.mean() * LEAST_UNIT
-        unit = self.origin_std.clamp_min(least if least > 0 else 1.0)
+        if not least > 0:
+            least, init_scale = 1.0, 0.0
+        unit = self.origin_std.clamp_min(least)
         for branch in self.added:
             branch.unit.fill_(1)
             branch.bn.weight.fill_(init_scale)
