@@ -18,4 +18,6 @@ setup(
     # The OpenMMLab packages come under two names each (the original and the maintained line):
     # which of them is installed is the user's choice, see requirements.txt.
     install_requires=['torch>=2.0'],
+    # For `tools/fuse.py --onnx`.
+    extras_require={'onnx': ['onnx', 'onnxruntime']},
 )

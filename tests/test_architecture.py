@@ -18,7 +18,7 @@ MAP = {
     'reparam': ['kernels', 'geometry', 'norms', 'moments', 'branches', 'block'],
     'surgery': [
         *('tree', 'structure', 'copies', 'candidates', 'usage', 'rewire', 'calibration'),
-        *('optimizer', 'fuse', 'cost'),
+        *('optimizer', 'fuse', 'cost', 'quantization'),
     ],
     'evolution': ['saliency', 'rule', 'record'],
     # For mmengine, which looks for `registry` at the top.
@@ -26,6 +26,7 @@ MAP = {
     'engine': [
         *('checkpoint', 'runner', 'batches', 'transaction', 'pretrained'),
         *('start', 'options', 'losses', 'schedule', 'hook', 'passes', 'converter'),
+        'export',
     ],
 }
 ORDER = [
