@@ -21,6 +21,7 @@ from dyrep_mm.engine.converter import (
 )
 from dyrep_mm.engine.export import check_onnx, export_onnx
 from dyrep_mm.engine.passes import Passes
+from dyrep_mm.engine.progress import stages
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.surgery.quantization import (
     Spread,
@@ -70,9 +71,6 @@ def written(spread: Spread | None) -> list[str]:
     if spread is None:
         return ['-', '-']
     return [f'{spread.kernel:.1f}', f'{spread.folded:.1f}']
-
-
-from dyrep_mm.engine.progress import stages
 
 
 def main() -> None:
