@@ -134,7 +134,7 @@ def test_they_predict_what_the_validation_predicted(tmp_path, digits, library, a
     found = torch.load(tmp_path / 'found.pth')
     assert found.keys() == {file.name for file in files}
     for file in files:
-        meta = load_checkpoint(file, trust=True)['meta']  # mmseg's scores are of numpy
+        meta = load_checkpoint(file)['meta']
         assert len(meta['dyrep_mm']['structure']) >= 3
         assert meta['dyrep_mm']['weights'] == ('averaged' if average else 'raw')
         for image, actual in zip(images, found[file.name], strict=True):
