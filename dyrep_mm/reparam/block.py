@@ -418,13 +418,13 @@ class Block(nn.Module):
         """
         # A branch of a dead channel, with a unit of zero, could never wake it. Where all are dead,
         # nothing says how large a start would be small.
-        least = self.origin_std.mean() * LEAST_UNIT
-        if not least > 0:
-            least, init_scale = 1.0, 0.0
-        unit = self.origin_std.clamp_min(least)
+        mean = self.origin_std.mean()
+        alive = mean > 0
+        unit = torch.where(alive, self.origin_std.clamp_min(mean * LEAST_UNIT), 1.0)
+        scale = alive.to(unit.dtype) * init_scale
         for branch in self.added:
             branch.unit.fill_(1)
-            branch.bn.weight.fill_(init_scale)
+            branch.bn.weight.fill_(scale)
             branch.bn.bias.zero_()
             branch.bn.bias.sub_(branch.kernel().bias)
             branch.unit.copy_(unit)

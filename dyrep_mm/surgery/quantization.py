@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyrep_mm.surgery.fuse import following_norms
+from dyrep_mm.surgery.outputs import following_norms
+from dyrep_mm.surgery.tree import get_module
 
 #: By path of a conv the norms that take its output, each with its path and its ``eps``.
 Norms = dict[str, list[tuple[str, float]]]
@@ -67,11 +68,13 @@ def norms_behind(
     forward: Callable[[nn.Module, Any], Any],
 ) -> Norms:
     """The norms that take the outputs of the convs at ``paths``, see
-    :func:`dyrep_mm.surgery.fuse.following_norms`; an empty list where there is none."""
+    :func:`dyrep_mm.surgery.outputs.following_norms`; an empty list where there is none."""
     paths = list(paths)
-    names = {id(module): name for name, module in model.named_modules()}
     found = following_norms(model, paths, inputs, forward)
-    return {path: [(names[id(n)], n.eps) for n in found.get(path, [])] for path in paths}
+    return {
+        path: [(name, get_module(model, name).eps) for name in found.get(path, [])]
+        for path in paths
+    }
 
 
 def channel_spreads(state: Mapping[str, Tensor], norms: Norms) -> dict[str, Spread]:
