@@ -19,5 +19,6 @@ setup(
     # The OpenMMLab packages come under two names each (the original and the maintained line):
     # which of them is installed is the user's choice, see requirements.txt.
     install_requires=['torch>=2.0'],
-    extras_require={'report': ['matplotlib', 'jinja2']},
+    # For `tools/report.py`, and for `tools/fuse.py --onnx`.
+    extras_require={'report': ['matplotlib', 'jinja2'], 'onnx': ['onnx', 'onnxruntime']},
 )

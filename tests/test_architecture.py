@@ -18,7 +18,7 @@ MAP = {
     'reparam': ['kernels', 'geometry', 'norms', 'moments', 'branches', 'block'],
     'surgery': [
         *('tree', 'structure', 'copies', 'candidates', 'usage', 'rewire', 'calibration'),
-        *('optimizer', 'outputs', 'fuse', 'cost', 'charge'),
+        *('optimizer', 'outputs', 'fuse', 'cost', 'charge', 'quantization'),
     ],
     'evolution': ['operations', 'saliency', 'metrics', 'gain', 'budget', 'rule', 'record'],
     # For mmengine, which looks for `registry` at the top.
@@ -26,7 +26,7 @@ MAP = {
     'engine': [
         *('stock', 'checkpoint', 'runner', 'batches', 'progress', 'transaction', 'pretrained'),
         *('start', 'options', 'losses', 'schedule', 'times', 'channels', 'hook'),
-        *('passes', 'converter'),
+        *('passes', 'converter', 'export'),
     ],
     'report': [
         *('words', 'history', 'logs', 'data', 'drawing', 'evolution', 'blocks', 'story'),

@@ -18,14 +18,14 @@ from dyrep_mm.engine.stock import from_stock, is_stock
 from dyrep_mm.errors import DyRepError
 
 
-def check_out(path: str | None, *suffixes: str) -> None:
+def check_out(path: str | None, *suffixes: str, option: str = '--out') -> None:
     """Refuse a file to write, before the work, where it could not be written after it."""
     if path is None:
         return
     if suffixes and not path.endswith(suffixes):
-        raise DyRepError(f'--out must end in {" or ".join(suffixes)}, got {path}')
+        raise DyRepError(f'{option} must end in {" or ".join(suffixes)}, got {path}')
     if Path(path).is_dir():
-        raise DyRepError(f'--out {path} is a folder: name the file to write')
+        raise DyRepError(f'{option} {path} is a folder: name the file to write')
     if not (folder := Path(path).resolve().parent).is_dir():
         raise DyRepError(f'{folder} is no folder to write {Path(path).name} into')
 

@@ -102,7 +102,8 @@ class Detector(nn.Module):
             extent = 0.05 + torch.rand(10, 2, device=x.device) * 0.25
             scale = torch.tensor([size[1], size[0]] * 2, device=x.device)
             labels = torch.randint(80, (10,), device=x.device)
-            sample = DetDataSample(metainfo={'img_shape': tuple(size), 'batch_input_shape': size})
+            shapes = ('img_shape', 'pad_shape', 'ori_shape', 'batch_input_shape')
+            sample = DetDataSample(metainfo=dict.fromkeys(shapes, tuple(size)))
             boxes = torch.cat([corner, corner + extent], 1) * scale
             sample.gt_instances = InstanceData(bboxes=boxes, labels=labels)
             samples.append(sample)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from mmengine.logging import print_log
 from mmengine.logging.history_buffer import HistoryBuffer
@@ -29,6 +30,10 @@ from dyrep_mm.surgery.structure import (
     structure_from_names,
 )
 from dyrep_mm.surgery.tree import blocks_of, named_parts, upwards
+
+#: Types of numpy's numbers: the metrics of mmseg are such, and message hubs keep metrics. mmengine
+#: allows the numbers themselves and three of these.
+_NUMBERS = [type(numpy.dtype(kind)) for kind in '?bBhHiIlLqQefd']
 
 
 def load_structure(source: str | Path | Mapping) -> Structure:
@@ -207,7 +212,7 @@ def load_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     # What mmengine's own message hub pickles to; the original line has no such list.
     allowed = getattr(mmengine_checkpoint, 'get_torch_safe_globals', lambda: [HistoryBuffer])
     try:
-        with torch.serialization.safe_globals(allowed()):
+        with torch.serialization.safe_globals([*allowed(), *_NUMBERS]):
             checkpoint = torch.load(path, map_location='cpu', weights_only=not trust)
     except pickle.UnpicklingError as error:
         reason = str(error).split('\n')[0]

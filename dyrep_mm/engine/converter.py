@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,9 @@ class FuseReport:
         biased: Convs that gained a bias, since no BN takes their output.
         error64: See :func:`relative_difference`, in float64.
         error32: The same in float32, with the weights as they are in the file.
+        fused: Paths of the convs that were blocks, or had gained a bias.
+        model: The plain model with these weights, in float32.
+        images: The images that it was verified on, in float32.
     """
 
     weights: str
@@ -107,6 +110,9 @@ class FuseReport:
     biased: list[str]
     error64: float
     error32: float
+    fused: list[str] = field(repr=False)
+    model: nn.Module = field(repr=False)
+    images: Tensor = field(repr=False)
 
 
 def read_config(path: str | Path) -> Config:
@@ -260,7 +266,8 @@ def fuse_checkpoint(
     meta = {**loaded['meta'], 'cfg': plain_config(cfg).pretty_text}
     save_atomically(_fused_checkpoint(meta, checkpoint, weights, state), out)
     say(f'wrote {out}')
-    return FuseReport(weights, blocks, biased, error64, error32)
+    parts = list(altered(exact))
+    return FuseReport(weights, blocks, biased, error64, error32, parts, plain, inputs.float())
 
 
 def _check_stored(

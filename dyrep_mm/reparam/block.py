@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -417,13 +418,13 @@ class Block(nn.Module):
         """
         # A branch of a dead channel, with a unit of zero, could never wake it. Where all are dead,
         # nothing says how large a start would be small.
-        least = self.origin_std.mean() * LEAST_UNIT
-        if not least > 0:
-            least, init_scale = 1.0, 0.0
-        unit = self.origin_std.clamp_min(least)
+        mean = self.origin_std.mean()
+        alive = mean > 0
+        unit = torch.where(alive, self.origin_std.clamp_min(mean * LEAST_UNIT), 1.0)
+        scale = alive.to(unit.dtype) * init_scale
         for branch in self.added:
             branch.unit.fill_(1)
-            branch.bn.weight.fill_(init_scale)
+            branch.bn.weight.fill_(scale)
             branch.bn.bias.zero_()
             branch.bn.bias.sub_(branch.kernel().bias)
             branch.unit.copy_(unit)
@@ -465,6 +466,40 @@ class Block(nn.Module):
             gain_bias(inner)
             inner.bias.add_(bias)
 
+    # The names under which tools make modules plain.
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Conv2d:
+        """A new conv that computes what the block does in eval mode; the block stays as it is.
+
+        Which norm follows is not known here, so the bias stays on the conv, exactly. Where the
+        plain model has none it is marked as gained: :func:`dyrep_mm.fuse` can move it on.
+        """
+        conv = copy.deepcopy(self.origin).train(self.training)
+        dtype = conv.weight.dtype
+        # In float64, so that the only rounding is that of the result.
+        weight, bias = copy.deepcopy(self).double().kernel()
+        conv.weight.data = weight.to(dtype)
+        if conv.bias is None and bias.any():
+            gain_bias(conv)
+        if conv.bias is not None:
+            conv.bias.data = bias.to(dtype)
+        return conv
+
+    def switch_to_deploy(self) -> None:
+        """Become the conv of :meth:`fuse` in place, for tools that leave modules where they are.
+
+        The class changes too, as that of a lazy module of torch does: the model is plain
+        afterwards, by its types and by the names of its weights. Hooks on the block stay.
+        """
+        conv = self.fuse()
+        hooks = {name: value for name, value in vars(self).items() if 'ward_' in name}
+        vars(self).clear()
+        vars(self).update({**vars(conv), **hooks})
+        self.__class__ = type(conv)
+
+    reparameterize = switch_to_deploy
+
 
 @contextmanager
 def kernels_kept(model: nn.Module) -> Iterator[None]:
@@ -493,4 +528,5 @@ def kernels_kept(model: nn.Module) -> Iterator[None]:
     finally:
         handle.remove()
         for block, keep in zip(blocks, before, strict=True):
-            block._keep_kernel(keep)
+            if isinstance(block, Block):  # it may have become a conv
+                block._keep_kernel(keep)

@@ -87,10 +87,18 @@ class Average(Kernel):
     """The kernel of an average pooling, one filter per channel."""
 
 
-class _Scatter(torch.autograd.Function):
-    """Mean (channels,) and scatter (groups, c, c) of the channels of a map, ``c`` in a group.
+def _precise(x: Tensor) -> torch.dtype:
+    """Double precision, where the device of ``x`` has it."""
+    return x.dtype if x.device.type == 'mps' else torch.float64
 
-    The backward keeps the map and its mean, not the centred copy.
+
+class _Scatter(torch.autograd.Function):
+    """Mean (channels,) and scatter (groups, c, c) of the channels of a map, ``c`` in a group, both
+    in double precision.
+
+    Where channels depend on one another, the variance of a sum of them is small beside the scatter
+    that it is computed from: single precision would lose it. The backward keeps the map and its
+    mean, not the centred copy.
     """
 
     generate_vmap_rule = True
@@ -98,9 +106,9 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         flat = x.flatten(2)
-        mean = flat.mean((0, 2))
+        mean = flat.mean((0, 2), dtype=_precise(x))
         # Centred first: a difference of large sums would lose the variance to rounding.
-        centred = (flat - mean[:, None]).unflatten(1, (groups, -1))
+        centred = (flat - mean.to(x.dtype)[:, None]).to(mean.dtype).unflatten(1, (groups, -1))
         scatter = torch.matmul(centred, centred.transpose(-1, -2)).sum(0)
         return mean, scatter
 
@@ -116,7 +124,8 @@ class _Scatter(torch.autograd.Function):
         shape = len(x), ctx.groups, len(mean) // ctx.groups, -1
         centred = (x - mean[:, None, None]).reshape(shape)
         # The mean of the tangent drops out: the rows of the centred map sum to zero.
-        product = centred.matmul(tangent.contiguous().view(shape).transpose(-1, -2)).sum(0)
+        tangent = tangent.to(mean.dtype).contiguous()
+        product = centred.matmul(tangent.view(shape).transpose(-1, -2)).sum(0)
         change = tangent.sum((0, 2, 3)) * (len(mean) / x.numel())
         return change, product + product.transpose(-1, -2)
 
@@ -124,10 +133,12 @@ class _Scatter(torch.autograd.Function):
     def backward(ctx: Any, mean_grad: Tensor, scatter_grad: Tensor) -> tuple[Tensor, None]:
         x, mean = ctx.saved_tensors
         batch, groups = len(x), len(scatter_grad)
-        both = scatter_grad + scatter_grad.transpose(-1, -2)
+        both = (scatter_grad + scatter_grad.transpose(-1, -2)).to(x.dtype)
         count = x.numel() // mean.numel()
-        shift = mean_grad.view(groups, -1, 1) / count - both @ mean.view(groups, -1, 1)
-        maps = x.reshape(batch * groups, mean.numel() // groups, -1)
+        shift = (mean_grad.view(groups, -1, 1) / count).to(x.dtype)
+        # Centred here too: what a large mean adds would cancel up to rounding.
+        centred = x - mean.to(x.dtype)[:, None, None]
+        maps = centred.reshape(batch * groups, mean.numel() // groups, -1)
         grad = torch.baddbmm(shift.repeat(batch, 1, 1), both.repeat(batch, 1, 1), maps)
         return grad.view(x.shape), None
 
@@ -135,7 +146,8 @@ class _Scatter(torch.autograd.Function):
 @dataclass(frozen=True)
 class Moments:
     """What the channels of a map have in common over a batch: ``mean`` (channels,), ``scatter``
-    (groups, c, c), the sum of the products of the centred channels, over ``count`` places."""
+    (groups, c, c), the sum of the products of the centred channels, over ``count`` places; in
+    double precision, see :class:`_Scatter`."""
 
     mean: Tensor
     scatter: Tensor
@@ -159,10 +171,11 @@ class Moments:
     def through(self, kernel: Kernel) -> tuple[Tensor, Tensor]:
         """Mean and biased variance (out,) of what a 1x1 ``kernel`` makes of the map."""
         groups = len(self.scatter)
-        weight = kernel.weight.view(groups, -1, self.scatter.shape[-1])
+        weight = kernel.weight.view(groups, -1, self.scatter.shape[-1]).to(self.scatter.dtype)
         mean = torch.matmul(weight, self.mean.view(groups, -1, 1)).flatten() + kernel.bias
         var = (torch.bmm(weight, self.scatter) * weight).sum(-1).flatten() / self.count
-        return mean, var.clamp_min(0)  # rounding
+        dtype = kernel.weight.dtype
+        return mean.to(dtype), var.clamp_min(0).to(dtype)  # rounding
 
 
 @torch.no_grad()

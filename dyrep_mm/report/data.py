@@ -341,7 +341,8 @@ def importances_in(
     if std is None or any(scale is None for scale in scales):
         return None
     unit = max(float(std.double().mean()), 1e-37)
-    values = (float(scale.double().abs().mean()) for scale in scales)
+    units = [weights.get(f'{path}.branches.{name}.unit', 1.0) for name in names]  # 0.1.0 has none
+    values = (float((s.double() * u).abs().mean()) for s, u in zip(scales, units, strict=True))
     return {name: value / unit for name, value in zip(names, values, strict=True)}
 
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dyrep_mm.engine.checkpoint import load_checkpoint
 from dyrep_mm.evolution.record import Record
-from support.checks import assert_equal_states
+from support.checks import assert_equal_states, without_times
 from support.nets import norms_of
 from support.runs import FAST, TinyClassifier, call_at, dyrep, journal, runner
 
@@ -112,7 +112,6 @@ def test_a_start_above_the_budget_is_brought_back(tmp_path):
     hook, ratios = trained(tmp_path, structure=start, max_cost=1.1, iters=5)
     entry = hook.journal[0]
     assert entry.pruned
-    assert not entry.grown
     assert ratios[0] / ratios[2] > 1.2
     assert entry.cost_ratio <= 1.1
 
@@ -140,7 +139,8 @@ def test_resume_is_bit_equal(tmp_path, frozen):
         load_checkpoint(tmp_path / name / 'iter_16.pth') for name in ('whole', 'killed')
     )
     assert_equal_states(whole['state_dict'], again['state_dict'])
-    assert whole['meta']['dyrep_mm'] == again['meta']['dyrep_mm']
+    records = (without_times(saved['meta']['dyrep_mm']) for saved in (whole, again))
+    assert next(records) == next(records)
     entries = journal(tmp_path / 'killed' / 'iter_16.pth')
     assert len(entries) == 7
     assert all(1 <= entry.cost_ratio <= 1.4 for entry in entries)

@@ -127,7 +127,8 @@ def test_the_log_of_a_run(tmp_path):
     assert re.match(
         r'DyRep update 1 at iteration 2: grew (\S+) \(score \S+, runner-up (?!\1)\S+ \S+\) to kxk, '
         r'.*\n    1 block, \d branches, \S+ M parameters \(average \S+, plain \S+\), '
-        r'\S+ G multiply-adds \(average \S+, plain \S+\), until now \S+ s a step \(plain \S+\)$',
+        r'\S+ G multiply-adds \(average \S+, plain \S+\), '
+        r'\S+ times the cost of plain, until now \S+ s a step \(plain \S+\)$',
         first,
     )
     assert re.search(r'pruned \S+ \(\S+\).* of \S+ \(mean \S+, spread \S+, threshold 0\)', second)

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.hooks import EMAHook
-from test_resume import write_config
 from torch import nn
 
 from dyrep_mm import expand, grow, prune, structure_of
@@ -40,6 +39,7 @@ from support.runs import (
     runner,
     updates,
     with_branches,
+    write_config,
 )
 
 KEEP = {'type': 'dyrep_mm.DyRepHook', 'interval': None}

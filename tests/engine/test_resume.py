@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from mmengine.config import Config
 
 from dyrep_mm.engine.checkpoint import load_checkpoint
 from dyrep_mm.surgery.structure import structure_of
@@ -19,9 +16,9 @@ from support.runs import (
     dyrep,
     journal,
     runner,
-    settings,
     updates,
     with_branches,
+    write_config,
 )
 
 
@@ -146,13 +143,6 @@ def test_end_with_updates_that_wait(tmp_path):
 
 
 # The command line
-
-
-def write_config(path: Path, hooks: list[dict] | None, **more) -> Path:
-    arguments = settings(path.parent / path.stem, hooks, **{'iters': 9, **more})
-    arguments = {k: v for k, v in arguments.items() if v is not None}
-    Config({**arguments, 'custom_imports': {'imports': ['support.runs']}}).dump(path)
-    return path
 
 
 def test_a_config_without_the_hook(tmp_path, made):

@@ -349,3 +349,11 @@ def updates(file: Path, unit: str = 'iteration') -> list[int]:
     entries = journal(file)
     assert {entry.unit for entry in entries} <= {unit}
     return [entry.at for entry in entries]
+
+
+def write_config(path: Path, hooks: list[dict] | None, **more) -> Path:
+    """A config file of a run with ``hooks`` and changed ``settings``."""
+    arguments = settings(path.parent / path.stem, hooks, **{'iters': 9, **more})
+    arguments = {k: v for k, v in arguments.items() if v is not None}
+    Config({**arguments, 'custom_imports': {'imports': ['support.runs']}}).dump(path)
+    return path
