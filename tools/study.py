@@ -173,7 +173,7 @@ def row_of(cell: Cell, run: Run, metric: str) -> dict[str, Any]:
         'multiply_adds': run.averages.get('multiply_adds'),
         'final_parameters': final_of(run, 'parameters'),
         'final_multiply_adds': final_of(run, 'multiply_adds'),
-        'hours': run.hours,
+        'seconds': run.seconds,
         'structure': run.structure,
     }
 
@@ -222,7 +222,8 @@ def summary(rows: list[dict[str, Any]], configs: list[str]) -> PrettyTable:
     table = PrettyTable(
         [
             *('config', 'seeds', rows[0]['metric'] if rows else 'metric', 'difference'),
-            *('loss', 'average G multiply-adds', 'final', 'average M parameters', 'final ', 'time'),
+            *('training loss', 'G multiply-adds', 'at the end', 'M parameters', 'at the end '),
+            'time',
         ]
     )
     table.align, table.align['config'] = 'r', 'l'
@@ -238,7 +239,7 @@ def summary(rows: list[dict[str, Any]], configs: list[str]) -> PrettyTable:
         values = [row['value'] for row in own]
         spread = f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else ''
         found = interval([row['value'] - first['value'] for row, first in pairs])
-        times = [row['hours'] / first['hours'] for row, first in pairs if row['hours']]
+        times = [row['seconds'] / first['seconds'] for row, first in pairs if row['seconds']]
         table.add_row(
             [
                 config,

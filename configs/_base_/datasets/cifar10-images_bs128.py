@@ -1,4 +1,4 @@
-# CIFAR-10 as image files, one folder a class: DATA/train/CLASS/*.jpg and DATA/test/CLASS/*.jpg, with
+# CIFAR-10 as image files, one folder a class: DATA/train/CLASS/*.jpg, DATA/test/CLASS/*.jpg, with
 # DATA from the environment variable CIFAR10.
 _base_ = './cifar10_bs128.py'
 
