@@ -32,8 +32,9 @@ DEMO := work_dirs/demo
 
 # Threads that spin while they wait are slow on a busy machine.
 demo: export GOMP_SPINCOUNT := 0
-demo: $(DEMO)/comparison.txt
+demo: $(DEMO)/comparison.txt $(DEMO)/report.html
 	@cat $(DEMO)/comparison.txt
+	@echo "What the run did, to open in a browser: $(DEMO)/report.html"
 
 data/digits/digits.json: | .venv/.ready
 	$(PY) tools/digits.py --out data/digits
@@ -51,6 +52,9 @@ $(DEMO)/fused.pth: | $(STAGE_D)
 $(DEMO)/comparison.txt: | $(DEMO)/fused.pth
 	$(PY) tools/compare.py $(DYREP) $(STAGE_D) $(PLAIN) $(DEMO)/fused.pth \
 	    --work-dir $(DEMO) --tolerance 0.01 --out $@
+
+$(DEMO)/report.html: | $(DEMO)/fused.pth
+	$(PY) tools/report.py $(dir $(STAGE_D)) --out $@
 
 lint: .venv/.ready
 	$(PY) -m ruff check .

@@ -15,7 +15,10 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.10',
     packages=find_packages(include=['dyrep_mm', 'dyrep_mm.*']),
+    package_data={'dyrep_mm.report': ['*.j2']},
     # The OpenMMLab packages come under two names each (the original and the maintained line):
     # which of them is installed is the user's choice, see requirements.txt.
     install_requires=['torch>=2.0'],
+    # For `tools/report.py`, and for `tools/fuse.py --onnx`.
+    extras_require={'report': ['matplotlib', 'jinja2'], 'onnx': ['onnx', 'onnxruntime']},
 )

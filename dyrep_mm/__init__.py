@@ -2,6 +2,8 @@
 
 from importlib import import_module
 
+from dyrep_mm.evolution import gain as _gain  # noqa: F401, registers scores
+from dyrep_mm.evolution import metrics as _metrics  # noqa: F401, registers scores
 from dyrep_mm.evolution.saliency import register_score
 from dyrep_mm.reparam.block import kernels_kept
 from dyrep_mm.reparam.branches import register_branch

@@ -18,14 +18,19 @@ MAP = {
     'reparam': ['kernels', 'geometry', 'norms', 'moments', 'branches', 'block'],
     'surgery': [
         *('tree', 'structure', 'copies', 'candidates', 'usage', 'rewire', 'calibration'),
-        *('optimizer', 'fuse', 'cost'),
+        *('optimizer', 'outputs', 'fuse', 'cost', 'charge', 'quantization'),
     ],
-    'evolution': ['saliency', 'rule', 'record'],
+    'evolution': ['operations', 'saliency', 'metrics', 'gain', 'budget', 'rule', 'record'],
     # For mmengine, which looks for `registry` at the top.
     'mmengine': ['registry', 'backbones'],
     'engine': [
-        *('checkpoint', 'runner', 'batches', 'transaction', 'pretrained'),
-        *('start', 'options', 'losses', 'schedule', 'hook', 'passes', 'converter'),
+        *('stock', 'checkpoint', 'runner', 'batches', 'progress', 'transaction', 'pretrained'),
+        *('start', 'options', 'losses', 'schedule', 'times', 'channels', 'hook'),
+        *('passes', 'converter', 'export'),
+    ],
+    'report': [
+        *('words', 'history', 'logs', 'data', 'drawing', 'evolution', 'blocks', 'story'),
+        *('compare', 'page'),
     ],
 }
 ORDER = [
@@ -73,7 +78,7 @@ def test_every_file_has_a_place():
     assert set(MODULES) == set(ORDER)
 
 
-@pytest.mark.parametrize('folder', ['reparam', 'surgery', 'evolution', 'engine'])
+@pytest.mark.parametrize('folder', ['reparam', 'surgery', 'evolution', 'engine', 'report'])
 def test_contributing_shows_this_map(folder):
     lines = (PACKAGE.parent / 'CONTRIBUTING.md').read_text().splitlines()
     (row,) = (line for line in lines if line.startswith(f'| `dyrep_mm/{folder}/` |'))
@@ -96,7 +101,7 @@ def test_the_core_imports_torch_alone(module):
     assert outside - set(sys.stdlib_module_names) <= {'torch'}
 
 
-@pytest.mark.parametrize('folder', [*list(MAP)[1:4], 'engine'])
+@pytest.mark.parametrize('folder', [*list(MAP)[1:4], 'engine', 'report'])
 def test_folders_import_nothing_by_themselves(folder):
     assert not list(imports_of(PACKAGE / folder / '__init__.py'))
 

@@ -14,17 +14,18 @@ from mmengine.runner import Runner
 
 from dyrep_mm.engine.checkpoint import load_checkpoint, structure_in
 from dyrep_mm.engine.converter import read_config
+from dyrep_mm.engine.stock import from_stock, is_stock
 from dyrep_mm.errors import DyRepError
 
 
-def check_out(path: str | None, *suffixes: str) -> None:
+def check_out(path: str | None, *suffixes: str, option: str = '--out') -> None:
     """Refuse a file to write, before the work, where it could not be written after it."""
     if path is None:
         return
     if suffixes and not path.endswith(suffixes):
-        raise DyRepError(f'--out must end in {" or ".join(suffixes)}, got {path}')
+        raise DyRepError(f'{option} must end in {" or ".join(suffixes)}, got {path}')
     if Path(path).is_dir():
-        raise DyRepError(f'--out {path} is a folder: name the file to write')
+        raise DyRepError(f'{option} {path} is a folder: name the file to write')
     if not (folder := Path(path).resolve().parent).is_dir():
         raise DyRepError(f'{folder} is no folder to write {Path(path).name} into')
 
@@ -80,16 +81,17 @@ def build_runner(config: Config) -> Runner:
 
 
 def check_local(path: str | None, config: Config) -> None:
-    """Read a local checkpoint, so that one that is damaged, or has a structure that no hook of
-    ``config`` rebuilds, ends here."""
+    """Read a local checkpoint, so that one that is damaged, or needs a structure that no hook of
+    ``config`` rebuilds, ends here: to go on with branches, and of an early file of 0.1.0 always."""
     if path is None or '://' in path:
         return
     checkpoint = load_checkpoint(path)
+    needed = bool(config.get('resume')) or not is_stock(checkpoint)
     try:
-        structure = structure_in(checkpoint)
+        structure = structure_in(from_stock(checkpoint))
     except DyRepError as error:
         raise DyRepError(f'{path}: {error}') from None
-    if structure and not has_hook(config):
+    if structure and needed and not has_hook(config):
         raise DyRepError(
             f'{path} has a structure and {config.filename} no DyRepHook to rebuild it: '
             'add the hook to the config, or fuse the checkpoint with tools/fuse.py'

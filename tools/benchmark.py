@@ -2,8 +2,9 @@
 
 Each row runs both sides in turn in one process and prints the median of the ratios, so that a
 machine that is busy with other things slows both. Memory is that of a fresh process for each
-side, the median of three, without what it used before the step. On an accelerator add
-``--device cuda``, and ``--amp`` for mixed precision.
+side, the median of three, without what it used before the step. `--list` names the rows, `--rows`
+measures some of them. On an accelerator add `--device cuda` (times are then those of its events),
+`--amp` for mixed precision, `--tf32`, and `--channels-last`.
 """
 
 from __future__ import annotations
@@ -17,43 +18,106 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from mmengine.analysis import get_model_complexity_info
 from mmengine.config import Config
 from prettytable import PrettyTable
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.models import resnet50
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models import resnet18, resnet50, vgg16_bn
 
 import dyrep_mm
 from dyrep_mm.engine.converter import build_model
+from dyrep_mm.evolution.operations import operations_of
 from dyrep_mm.evolution.record import Record
 from dyrep_mm.evolution.saliency import make_score
 from dyrep_mm.surgery.candidates import candidates, preset
 from dyrep_mm.surgery.rewire import set_recompute
 from dyrep_mm.surgery.structure import structure_of
-from dyrep_mm.surgery.tree import get_module
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs/fpn_r50_dyrep_coco.py'
 
 
-class Backbone(nn.Module):
-    """ResNet-50 without pooling and classifier, at any input size."""
+@dataclass(frozen=True)
+class Case:
+    """What runs in a step.
+
+    Attributes:
+        model: A key of :data:`MODELS`.
+        shape: Of the input (batch, 3, h, w).
+        grown: ``plain``, ``dbb``, ``dbb7``, ``average`` (see :func:`average_structure`) or
+            ``fused``.
+        norms: ``train``, ``frozen`` (in eval mode while the model trains) or ``eval``.
+        branch_norm: See docs/norms.md.
+        recompute: Whether blocks keep nothing but their input.
+    """
+
+    model: str
+    shape: tuple[int, int, int, int]
+    grown: str = 'dbb7'
+    norms: str = 'train'
+    branch_norm: str = 'batch'
+    recompute: bool = False
+
+
+def resnet(make: Callable[[], nn.Module]) -> nn.Module:
+    """A ResNet of torchvision without pooling and classifier, at any input size."""
+    return nn.Sequential(OrderedDict(layers=nn.Sequential(*list(make().children())[:-2])))
+
+
+def vgg16() -> nn.Module:
+    """The VGG-16 of the CIFAR configs: 13 convs with BN, and a linear layer."""
+    head = nn.Sequential(nn.Flatten(), nn.Linear(512, 10))
+    return nn.Sequential(OrderedDict(layers=vgg16_bn().features, head=head))
+
+
+class Detector(nn.Module):
+    """mmdet's Faster R-CNN R50-FPN; no stage is frozen, and its BNs train."""
 
     def __init__(self) -> None:
         super().__init__()
-        net = resnet50()
-        self.layers = nn.Sequential(*list(net.children())[:-2])
+        config = Config.fromfile(CONFIG)
+        config.model.backbone.update(frozen_stages=-1, norm_eval=False)
+        self.detector = build_model(config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers(x)
+        """Sum of the losses of a batch with ten random boxes an image."""
+        from mmdet.structures import DetDataSample
+        from mmengine.structures import InstanceData
+
+        size = x.shape[2:]
+        samples = []
+        for _ in x:
+            corner = torch.rand(10, 2, device=x.device) * 0.7
+            extent = 0.05 + torch.rand(10, 2, device=x.device) * 0.25
+            scale = torch.tensor([size[1], size[0]] * 2, device=x.device)
+            labels = torch.randint(80, (10,), device=x.device)
+            shapes = ('img_shape', 'pad_shape', 'ori_shape', 'batch_input_shape')
+            sample = DetDataSample(metainfo=dict.fromkeys(shapes, tuple(size)))
+            boxes = torch.cat([corner, corner + extent], 1) * scale
+            sample.gt_instances = InstanceData(bboxes=boxes, labels=labels)
+            samples.append(sample)
+        losses = self.detector(x, samples, mode='loss')
+        return self.detector.parse_losses(losses)[0]
+
+
+#: The models, and the part of each that grows.
+MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    'R50': (partial(resnet, resnet50), 'layers'),
+    'R18': (partial(resnet, resnet18), 'layers'),
+    'CIFAR VGG-16': (vgg16, 'layers'),
+    'Faster R-CNN R50-FPN': (Detector, 'detector.backbone'),
+}
 
 
 def average_structure(model: nn.Module) -> dict[str, list[str]]:
@@ -63,24 +127,26 @@ def average_structure(model: nn.Module) -> dict[str, list[str]]:
     return dict(everything[1::4])
 
 
-def prepare(variant: str, norms: str, device: str) -> nn.Module:
-    """ResNet-50, ``plain`` or expanded, its norms in ``train``, ``frozen`` or ``eval`` mode."""
+def prepare(case: Case, args: argparse.Namespace) -> nn.Module:
+    """The model of a case."""
     torch.manual_seed(0)
-    model = Backbone()
-    if variant in ('dbb', 'dbb7', 'recompute'):
-        dyrep_mm.expand(model, 'dbb' if variant == 'dbb' else 'dbb7')
-    elif variant == 'average':
-        dyrep_mm.expand(model, average_structure(model))
-    elif variant == 'fused':
-        dyrep_mm.expand(model, 'dbb7')
+    make, scope = MODELS[case.model]
+    model = make()
+    structure: Any = {'average': average_structure, 'fused': lambda _: 'dbb7'}.get(
+        case.grown, lambda _: case.grown
+    )(model)
+    if case.grown != 'plain':
+        dyrep_mm.expand(model, structure, scope=scope, branch_norm=case.branch_norm)
+    if case.grown == 'fused':
         model = dyrep_mm.fuse(model, torch.randn(1, 3, 64, 64))
-    set_recompute(model, variant == 'recompute')
-    model.train(norms != 'eval')
-    if norms == 'frozen':
+    set_recompute(model, case.recompute)
+    model.train(case.norms != 'eval')
+    if case.norms == 'frozen':
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()
-    return model.to(device)
+    model.to(args.device)
+    return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 
 def make_step(
@@ -89,6 +155,8 @@ def make_step(
     """A function that runs forward and backward once, or forward alone in eval mode, then with
     kernels that are kept between calls or merged at each."""
     x = torch.randn(shape, device=args.device)
+    if args.channels_last:
+        x = x.to(memory_format=torch.channels_last)
     autocast = torch.autocast(args.device) if args.amp else nullcontext()
 
     kept = ExitStack()
@@ -111,14 +179,17 @@ def make_step(
 
 
 def seconds(function: Callable[[], Any], device: str) -> float:
-    """Wall time of one call, the accelerator's work included."""
+    """Time of one call: on the CPU by the clock, on an accelerator between events."""
     if device != 'cpu':
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
     function()
-    if device != 'cpu':
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - begin
 
 
 def ratio(first: Callable, second: Callable, args: argparse.Namespace) -> dict[str, float]:
@@ -141,11 +212,10 @@ def high_water() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM')) / 2**10
 
 
-def _peak(variant: str, norms: str, shape: tuple, args: argparse.Namespace, queue: Any) -> None:
-    model = prepare(variant, norms, args.device)
-    step = make_step(model, shape, args)
+def _peak(case: Case, args: argparse.Namespace, queue: Any) -> None:
+    set_up(args)
+    step = make_step(prepare(case, args), case.shape, args)
     if args.device == 'cpu':
-        torch.set_num_threads(args.threads)
         Path('/proc/self/clear_refs').write_text('5')  # the high-water mark starts here
         before = high_water()
         step()
@@ -157,43 +227,88 @@ def _peak(variant: str, norms: str, shape: tuple, args: argparse.Namespace, queu
         queue.put(torch.cuda.max_memory_allocated() / 2**20)
 
 
-def peak(variant: str, norms: str, shape: tuple, args: argparse.Namespace) -> float:
+def peak(case: Case, args: argparse.Namespace) -> float:
     """Peak memory of one step in a fresh process, MiB; the median of three."""
     context = multiprocessing.get_context('spawn')
     results = []
     for _ in range(1 if args.quick else 3):
         queue = context.Queue()
-        process = context.Process(target=_peak, args=(variant, norms, shape, args, queue))
+        process = context.Process(target=_peak, args=(case, args, queue))
         process.start()
         results.append(queue.get())
         process.join()
     return statistics.median(results)
 
 
-def compare(variant: str, norms: str, shape: tuple, args: argparse.Namespace) -> dict[str, float]:
-    """Time and memory of a variant over the plain model."""
-    steps = [make_step(prepare(v, norms, args.device), shape, args) for v in (variant, 'plain')]
-    result = ratio(*steps, args)
-    del steps
-    if norms != 'eval':
-        memory, plain = (peak(v, norms, shape, args) for v in (variant, 'plain'))
-        result |= {'memory': memory / plain, 'mib': memory, 'mib_plain': plain}
+def compare(case: Case, args: argparse.Namespace) -> dict[str, float]:
+    """Time of a case over the plain model; in training its memory too."""
+    plain = replace(case, grown='plain')
+    result = ratio(*(make_step(prepare(c, args), c.shape, args) for c in (case, plain)), args)
+    if case.norms != 'eval' and not args.no_memory:
+        memory, least = (peak(c, args) for c in (case, plain))
+        result |= {'memory': memory / least, 'mib': memory, 'mib_plain': least}
     return result
 
 
-def merging_each_time(shape: tuple, args: argparse.Namespace) -> dict[str, float]:
+def merging_each_time(case: Case, args: argparse.Namespace) -> dict[str, float]:
     """Inference of blocks that merge at every call, over the plain model."""
-    grown, plain = (prepare(variant, 'eval', args.device) for variant in ('dbb7', 'plain'))
-    return ratio(make_step(grown, shape, args, keep=False), make_step(plain, shape, args), args)
+    grown, plain = (prepare(c, args) for c in (case, replace(case, grown='plain')))
+    steps = (make_step(model, case.shape, args, keep=False) for model in (grown, plain))
+    return ratio(*steps, args)
 
 
-def scoring(shape: tuple, args: argparse.Namespace) -> dict[str, float]:
+class Launches(TorchDispatchMode):
+    """Counts operations that compute something: no views, no allocations."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        idle = ('_unsafe_view', 'detach', 'promote_types')
+        if not (func.is_view or name in idle or name.startswith('empty')):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(case: Case, args: argparse.Namespace) -> dict[str, float]:
+    """Operations of one conv of 64 channels and its BN in a step, grown and plain."""
+    counts = []
+    for grown in (case.grown, 'plain'):
+        layers = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64))
+        if grown != 'plain':
+            dyrep_mm.expand(layers, grown, branch_norm=case.branch_norm)
+        layers.to(args.device)
+        x = torch.randn(8, 64, 32, 32, device=args.device, requires_grad=True)
+        with Launches() as launches:
+            layers(x).sum().backward()
+        counts.append(launches.count)
+    return {'operations': counts[0], 'operations_plain': counts[1]}
+
+
+def surgery(what: str, args: argparse.Namespace) -> dict[str, float]:
+    """Time of what is done once to a whole ResNet-50 with its classifier."""
+    times = []
+    for _ in range(3):
+        model = resnet50()
+        if what != 'expand':
+            dyrep_mm.expand(model, 'dbb7')
+        call = {
+            'expand': lambda model=model: dyrep_mm.expand(model, 'dbb7'),
+            'structure_of': lambda model=model: structure_of(model),
+            'fuse': lambda model=model: dyrep_mm.fuse(model, torch.randn(1, 3, 64, 64)),
+        }[what]
+        times.append(seconds(call, 'cpu'))
+    return {'seconds': statistics.median(times)}
+
+
+def scoring(case: Case, args: argparse.Namespace) -> dict[str, float]:
     """A step of SGD with scores gathered in it, over one without; nothing is grown."""
-    model = prepare('plain', 'train', args.device)
+    model = prepare(case, args)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-    weights = {path: get_module(model, path).weight for path in candidates(model)}
-    score = make_score('synflow', weights)
-    x = torch.randn(shape, device=args.device)
+    score = make_score('synflow', operations_of(model, candidates(model)))
+    x = torch.randn(case.shape, device=args.device)
 
     def step() -> None:
         model(x).mean().backward()
@@ -208,7 +323,7 @@ def scoring(shape: tuple, args: argparse.Namespace) -> dict[str, float]:
     return ratio(scored, step, args)
 
 
-def update(shape: tuple, args: argparse.Namespace) -> dict[str, float]:
+def update(case: Case, args: argparse.Namespace) -> dict[str, float]:
     """One update of a real run with EMA, 20 calibration batches, over a training step."""
     from mmengine.hooks import Hook
     from mmengine.runner import Runner
@@ -216,7 +331,7 @@ def update(shape: tuple, args: argparse.Namespace) -> dict[str, float]:
 
     from dyrep_mm import DyRepHook
 
-    batch, _, *size = shape
+    batch, _, *size = case.shape
     images = [
         {'inputs': torch.rand(3, *size) * 255, 'data_samples': DataSample().set_gt_label(i % 10)}
         for i in range(batch * 20)
@@ -268,7 +383,7 @@ def update(shape: tuple, args: argparse.Namespace) -> dict[str, float]:
     return {'ratio': statistics.median(times['update']) / step, 'seconds': step}
 
 
-def fuse_tool() -> dict[str, float]:
+def fuse_tool(_: Any, args: argparse.Namespace) -> dict[str, float]:
     """Wall time of tools/fuse.py on Faster R-CNN R50-FPN with every 3x3 conv expanded."""
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder) / 'grown.pth', Path(folder) / 'fused.pth'
@@ -285,61 +400,97 @@ def fuse_tool() -> dict[str, float]:
         }
 
 
-def multiply_adds(variant: str) -> float:
-    """Multiply-adds of the backbone on one image of 224x224 pixels, in units of 1e9."""
-    model = prepare(variant, 'train', 'cpu')  # in eval mode a block is one conv
-    inputs = (torch.zeros(2, 3, 224, 224),)
-    info = get_model_complexity_info(model, inputs=inputs, show_table=False, show_arch=False)
-    return info['flops'] / 2 / 1e9
+LARGE, MIDDLE, SMALL = (2, 3, 800, 1333), (2, 3, 480, 800), (8, 3, 160, 160)
+TINY, IMAGES, CIFAR = (32, 3, 112, 112), (32, 3, 224, 224), (128, 3, 32, 32)
+
+# What `--quick` takes instead.
+QUICK = {
+    LARGE: (1, 3, 224, 320),
+    MIDDLE: (1, 3, 224, 320),
+    SMALL: (4, 3, 96, 96),
+    TINY: (4, 3, 64, 64),
+    IMAGES: (2, 3, 96, 96),
+    CIFAR: (16, 3, 32, 32),
+}
 
 
-def rows(args: argparse.Namespace) -> list[tuple[str, str, Callable[[], dict[str, float]]]]:
-    """What is measured: a name, the target, a function."""
-    large = (2, 3, 800, 1333) if not args.quick else (1, 3, 224, 320)
-    middle = (2, 3, 480, 800) if not args.quick else (1, 3, 224, 320)
-    small = (8, 3, 160, 160) if not args.quick else (4, 3, 96, 96)
-    shape = 'x'.join(map(str, large)), 'x'.join(map(str, middle))
-    return [
-        ('scoring, nothing grown', 'time 1.01', lambda: scoring(middle, args)),
-        (
-            f'frozen BN, 16 convs x 7, {shape[0]}',
-            'time 1.10, memory 1.15',
-            lambda: compare('dbb7', 'frozen', large, args),
-        ),
-        (
-            f'inference, 16 convs x 7, unfused, {shape[0]}',
-            'time 1.02',
-            lambda: compare('dbb7', 'eval', large, args),
-        ),
-        (
-            f'the same, merged at every call, {shape[0]}',
-            '-',
-            lambda: merging_each_time(large, args),
-        ),
-        (
-            f'train BN, 16 convs x 4 (static DBB), {shape[1]}',
-            '-',
-            lambda: compare('dbb', 'train', middle, args),
-        ),
-        (
-            f'train BN, 16 convs x 7, {shape[1]}',
-            'time 1.60, memory 1.60',
-            lambda: compare('dbb7', 'train', middle, args),
-        ),
-        (
-            f'the same, recompute, {shape[1]}',
-            'memory 1.30',
-            lambda: compare('recompute', 'train', middle, args),
-        ),
-        (
-            f'train BN, average structure, {multiply_adds("average"):.2f} G, {shape[1]}',
-            'time 1.25, memory 1.20',
-            lambda: compare('average', 'train', middle, args),
-        ),
-        ('one update, in steps', 'time 12', lambda: update(small, args)),
-        ('fused, inference', 'time 1.00', lambda: compare('fused', 'eval', middle, args)),
-        ('tools/fuse.py, Faster R-CNN', '30 s', fuse_tool),
-    ]
+class Row(NamedTuple):
+    """A line of the table: ``what`` is handed to ``measure``."""
+
+    name: str
+    what: Any
+    target: str = '-'
+    measure: Callable[[Any, argparse.Namespace], dict[str, float]] = compare
+
+
+R50 = partial(Case, 'R50')
+ROWS = [
+    # A model that trains with BN: what it costs by the choice of branch_norm.
+    Row('fixed-r50', R50(MIDDLE, branch_norm='fixed'), 'time 1.10, memory 1.10'),
+    Row('fixed-r50-small', R50(SMALL, branch_norm='fixed'), 'time 1.25'),
+    Row('fixed-r18', Case('R18', TINY, branch_norm='fixed'), 'time 1.30'),
+    Row('fixed-vgg', Case('CIFAR VGG-16', CIFAR, branch_norm='fixed'), 'time 1.25'),
+    Row('fixed-detector', Case('Faster R-CNN R50-FPN', LARGE, branch_norm='fixed'), 'time 1.05'),
+    Row('sampled-r50', R50(MIDDLE, branch_norm='sampled'), 'time 1.30, memory 1.25'),
+    Row('sampled-r50-small', R50(SMALL, branch_norm='sampled')),
+    Row('sampled-r18', Case('R18', TINY, branch_norm='sampled')),
+    Row('batch-r50', R50(MIDDLE), 'time 1.60, memory 1.60'),
+    Row('batch-r50-small', R50(SMALL)),
+    Row('batch-r18', Case('R18', TINY)),
+    Row('batch-vgg', Case('CIFAR VGG-16', CIFAR)),
+    Row('batch-r50-recompute', R50(MIDDLE, recompute=True), 'memory 1.30'),
+    Row('batch-r50-dbb', R50(MIDDLE, grown='dbb')),
+    Row('batch-r50-average', R50(MIDDLE, grown='average'), 'time 1.25, memory 1.20'),
+    # How many operations a block launches in a step.
+    *(
+        Row(f'operations-{kind}', Case('', (), branch_norm=kind), target, operations)
+        for kind, target in (('fixed', '91'), ('sampled', '-'), ('batch', '-'))
+    ),
+    # A model whose norms are frozen, and inference.
+    Row('frozen-r50', R50(LARGE, norms='frozen'), 'time 1.10, memory 1.15'),
+    Row('inference-r50', R50(LARGE, norms='eval'), 'time 1.02'),
+    Row('inference-r50-merging', R50(LARGE, norms='eval'), '-', merging_each_time),
+    Row('inference-r50-fused', R50(MIDDLE, grown='fused', norms='eval'), 'time 1.00'),
+    # What is done now and then.
+    Row('scoring', R50(MIDDLE, grown='plain'), 'time 1.01', scoring),
+    Row('update', R50(SMALL), 'time 12', update),
+    *(Row(what, what, '2 s', surgery) for what in ('expand', 'structure_of', 'fuse')),
+    Row('fuse-tool', None, '30 s', fuse_tool),
+    # For accelerators.
+    *(
+        Row(f'gpu-{kind}-r50', R50(IMAGES, branch_norm=kind))
+        for kind in ('fixed', 'sampled', 'batch')
+    ),
+]
+
+
+def chosen(args: argparse.Namespace) -> list[Row]:
+    """The rows that the command line names; without names all, those for accelerators on these
+    alone."""
+    names = [row.name for row in ROWS]
+    if args.rows is None:
+        return [row for row in ROWS if args.device != 'cpu' or not row.name.startswith('gpu-')]
+    wanted = args.rows.split(',')
+    if missing := [name for name in wanted if not any(fnmatch(n, name) for n in names)]:
+        raise SystemExit(f'no row is named {missing[0]}: choose from {", ".join(names)}')
+    return [row for row in ROWS if any(fnmatch(row.name, name) for name in wanted)]
+
+
+def title(what: Any) -> str:
+    """What a row measures, in words."""
+    if not isinstance(what, Case) or not what.model:
+        return ''
+    norms = {'train': 'BN trains', 'frozen': 'BN frozen', 'eval': 'inference'}[what.norms]
+    shape = 'x'.join(map(str, what.shape))
+    extra = ', recompute' if what.recompute else ''
+    return f'{what.model} {shape}, {what.grown}, {norms}{extra}'
+
+
+def set_up(args: argparse.Namespace) -> None:
+    """In every process that measures."""
+    torch.set_num_threads(args.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    logging.disable(logging.WARNING)
 
 
 def main() -> None:
@@ -348,36 +499,49 @@ def main() -> None:
     )
     parser.add_argument('--device', default='cpu', help='cpu or cuda')
     parser.add_argument('--amp', action='store_true', help='mixed precision')
+    parser.add_argument('--tf32', action='store_true', help='products in TF32 on an accelerator')
+    parser.add_argument('--channels-last', action='store_true', help='memory format of the maps')
     parser.add_argument('--runs', type=int, default=5, help='pairs of runs per row')
-    parser.add_argument('--only', help='rows whose name contains this')
+    parser.add_argument('--rows', help='names or patterns of rows, with commas: fixed-*,batch-r18')
+    parser.add_argument('--list', action='store_true', help='name the rows and stop')
+    parser.add_argument('--no-memory', action='store_true', help='times alone')
     parser.add_argument(
         '--quick',
         action='store_true',
-        help='2 minutes: one small image, for which the targets are not meant',
+        help='one small image, for which the targets are not meant',
     )
     parser.add_argument('--out', type=Path, help='JSON file for the figures')
     args = parser.parse_args()
     args.threads = torch.get_num_threads()
-    logging.disable(logging.WARNING)  # of the counter, about operators that cost nothing
+    if args.list:
+        for row in chosen(args):
+            print(f'{row.name:24} {row.target:24} {title(row.what)}')
+        return
+    set_up(args)
     if args.quick:
         args.runs = min(args.runs, 3)
-    table = PrettyTable(['row', 'target', 'time', 'low - high', 'memory', 'seconds'])
+    columns = ['row', 'what', 'target', 'time', 'low - high', 'memory', 'seconds', 'operations']
+    table = PrettyTable(columns)
     table.align = 'l'
     figures = {}
-    for name, target, measure in rows(args):
-        if args.only and args.only not in name:
-            continue
-        print(f'measuring: {name}', file=sys.stderr)
-        figures[name] = f = SimpleNamespace(**measure())
-        get = lambda key, spec='.2f': format(getattr(f, key), spec) if hasattr(f, key) else '-'  # noqa: B023, E731
+    for row in chosen(args):
+        what = row.what
+        if args.quick and isinstance(what, Case) and what.shape in QUICK:
+            what = replace(what, shape=QUICK[what.shape])
+        print(f'measuring: {row.name}', file=sys.stderr)
+        figures[row.name] = found = row.measure(what, args)
+        cells = {key: format(value, '.4g') for key, value in found.items()}
+        get = partial(lambda cells, key: cells.get(key, '-'), cells)
         table.add_row(
             [
-                name,
-                target,
+                row.name,
+                title(what),
+                row.target,
                 get('ratio'),
                 f'{get("low")} - {get("high")}',
                 get('memory'),
                 get('seconds'),
+                f'{get("operations")} / {get("operations_plain")}',
             ]
         )
     print(table)
@@ -386,9 +550,11 @@ def main() -> None:
         'threads': args.threads,
         'torch': torch.__version__,
         'amp': args.amp,
+        'tf32': args.tf32,
+        'channels_last': args.channels_last,
     }
     if args.out:
-        content = {'machine': machine, 'rows': {n: vars(f) for n, f in figures.items()}}
+        content = {'machine': machine, 'rows': figures}
         args.out.write_text(json.dumps(content, indent=2) + '\n')
 
 

@@ -28,6 +28,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dyrep_mm.engine.progress import track
+
 FORMS = ('detection', 'segmentation', 'classification')
 SPLITS = ('train', 'val')
 MANIFEST = 'digits.json'
@@ -242,7 +244,7 @@ def _write_scenes(
 ) -> None:
     """Writes images, and their COCO annotations and label maps as far as asked for."""
     images, annotations = [], []
-    for index in range(getattr(options, split)):
+    for index in track(range(getattr(options, split)), f'drawing scenes to {split}'):
         rng = _scene_rng(options, split, 'detection', index)
         scene = make_scene(rng, sources, pool, options.size, MAX_DIGITS, DIGIT_SIDE)
         name = f'{index:06d}.jpg'
@@ -279,7 +281,8 @@ def _write_crops(
     for digit in range(10):
         (root / 'crops' / split / str(digit)).mkdir(parents=True)  # a class may stay empty
     side = round(options.size * CROP)
-    for index in range(getattr(options, split) * CROPS_PER_SCENE):
+    count = getattr(options, split) * CROPS_PER_SCENE
+    for index in track(range(count), f'drawing digits to {split}'):
         rng = _scene_rng(options, split, 'classification', index)
         scene = make_scene(rng, sources, pool, side, 1, CROP_DIGIT_SIDE)
         _save(

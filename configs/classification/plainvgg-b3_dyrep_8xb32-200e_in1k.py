@@ -1,3 +1,4 @@
 _base_ = ['./plainvgg-b3_8xb32-200e_in1k.py', '../_base_/methods/dyrep.py']
 
-default_hooks = dict(dyrep=_base_.pop('dyrep'))
+# The last epoch that may grow, of 200: from the authors' files.
+default_hooks = dict(dyrep=dict(_base_.pop('dyrep'), end=100))

@@ -1,3 +1,4 @@
 _base_ = ['./vgg16_1xb128-600e_cifar100.py', '../_base_/methods/dyrep.py']
 
-default_hooks = dict(dyrep=dict(_base_.pop('dyrep'), interval=15))  # t (section 5.1)
+# t (section 5.1); the last epoch that may grow, from the authors' files.
+default_hooks = dict(dyrep=dict(_base_.pop('dyrep'), interval=15, end=500))

@@ -3,4 +3,4 @@
 _base_ = './faster-rcnn_r50_fpn_1x_coco.py'
 
 # 12 epochs: one update after each but the last.
-default_hooks = dict(dyrep=dict(type='dyrep_mm.DyRepHook', interval=1))
+default_hooks = dict(dyrep=dict(type='dyrep_mm.DyRepHook', preset='paper', interval=1))

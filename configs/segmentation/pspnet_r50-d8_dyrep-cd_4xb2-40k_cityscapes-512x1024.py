@@ -12,4 +12,4 @@ model = dict(
     backbone=dict(init_cfg=dict(type='dyrep_mm.DyRepPretrained', checkpoint=checkpoint)),
 )
 
-default_hooks = dict(dyrep=dict(type='dyrep_mm.DyRepHook', interval=3500))
+default_hooks = dict(dyrep=dict(type='dyrep_mm.DyRepHook', preset='paper', interval=3500))

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.dataset import DefaultSampler, InfiniteSampler
-from mmengine.dist import all_gather_object
+from mmengine.dist import all_gather_object, all_reduce
 from mmengine.runner import Runner
+from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -25,6 +26,7 @@ from torch.utils.data import (
 
 from dyrep_mm.engine.runner import unwrap
 from dyrep_mm.errors import DyRepError
+from dyrep_mm.surgery.tree import state_kept
 
 
 @contextmanager
@@ -190,3 +192,41 @@ def calibration_forward(runner: Runner) -> Callable[[Any], None]:
             model._run_forward(preprocessor(batch, True), mode='loss')
 
     return forward
+
+
+#: How many batches :func:`mean_over_losses` takes.
+LOSSES = 4
+
+
+def mean_over_losses(
+    runner: Runner, measure: Callable[[Tensor], Tensor], seed: int, before: Any = None
+) -> Tensor | None:
+    """The mean of what ``measure`` makes of the losses of a few training batches, of which training
+    notices nothing. Every process must call it.
+
+    The model runs as in training but in full precision, and nothing of what the forwards change
+    in it stays.
+
+    Args:
+        runner: Holds the model and the data.
+        measure: Takes a loss with its graph; what it returns has the same shape each time.
+        seed: Of the batches.
+        before: See :func:`batch_sampler_before`.
+
+    Returns:
+        The mean over batches and processes; None where no batch can be drawn.
+    """
+    if not can_draw(runner):
+        return None
+    model, total, count = unwrap(runner.model), None, 0
+    preprocessor = copy.deepcopy(model.data_preprocessor)
+    with random_state_kept(seed), state_kept(model), torch.enable_grad():
+        for batch in calibration_batches(runner, LOSSES, seed, before):
+            losses = model._run_forward(preprocessor(batch, True), mode='loss')
+            value = measure(model.parse_losses(losses)[0])
+            total, count = value if total is None else total + value, count + 1
+    if total is None:
+        return None
+    mean = total / count
+    all_reduce(mean, 'mean')
+    return mean

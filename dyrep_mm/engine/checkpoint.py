@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from mmengine.logging import print_log
 from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import Tensor, nn
 
+from dyrep_mm.engine.stock import AVERAGED, from_stock
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.evolution.record import Record
 from dyrep_mm.surgery.structure import (
@@ -28,6 +30,10 @@ from dyrep_mm.surgery.structure import (
     structure_from_names,
 )
 from dyrep_mm.surgery.tree import blocks_of, named_parts, upwards
+
+#: Types of numpy's numbers: the metrics of mmseg are such, and message hubs keep metrics. mmengine
+#: allows the numbers themselves and three of these.
+_NUMBERS = [type(numpy.dtype(kind)) for kind in '?bBhHiIlLqQefd']
 
 
 def load_structure(source: str | Path | Mapping) -> Structure:
@@ -72,14 +78,21 @@ def load_grown(
         advice: What a user with a checkpoint of a plain run should do.
 
     Returns:
-        The checkpoint, with a ``state_dict`` and a ``meta`` in any case, and :func:`structure_in`
-        it.
+        The checkpoint, with its branches in ``state_dict``, and a ``meta`` in any case, and
+        :func:`structure_in` it.
 
     Raises:
         DyRepError: it cannot be read, or it is of a plain run.
     """
-    checkpoint = load_checkpoint(path, trust=trust)
+    return grown_in(load_checkpoint(path, trust=trust), path, advice)
+
+
+def grown_in(
+    checkpoint: dict[str, Any], path: str | Path, advice: str = ''
+) -> tuple[dict[str, Any], Structure]:
+    """What :func:`load_grown` gives, of a checkpoint that was read from ``path``."""
     try:
+        checkpoint = from_stock(checkpoint)
         structure = structure_in(checkpoint)
     except DyRepError as error:
         raise DyRepError(f'{path}: {error}') from None
@@ -92,6 +105,8 @@ def load_grown(
 
 def structure_in(checkpoint: Mapping[str, Any]) -> Structure | None:
     """The Structure of the weights in a checkpoint, as their names tell; None for a plain run.
+
+    A stock checkpoint has its branches elsewhere: :func:`from_stock` puts them in first.
 
     Biases that convs gained are in it where the checkpoint records them; without a record, the
     model tells them, see :func:`dyrep_mm.surgery.rewire.restore`.
@@ -197,7 +212,7 @@ def load_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     # What mmengine's own message hub pickles to; the original line has no such list.
     allowed = getattr(mmengine_checkpoint, 'get_torch_safe_globals', lambda: [HistoryBuffer])
     try:
-        with torch.serialization.safe_globals(allowed()):
+        with torch.serialization.safe_globals([*allowed(), *_NUMBERS]):
             checkpoint = torch.load(path, map_location='cpu', weights_only=not trust)
     except pickle.UnpicklingError as error:
         reason = str(error).split('\n')[0]
@@ -282,6 +297,14 @@ def check_resumable(checkpoint: Mapping[str, Any]) -> None:
         raise DyRepError(
             f'no run can resume from this checkpoint, it has no {lacking[0]}: '
             'load_from (resume=False) starts from its weights'
+        )
+    averaged = checkpoint.get('ema_state_dict')
+    names = averaged if isinstance(averaged, Mapping) else ()
+    inside = [str(n).removeprefix(AVERAGED) for n in names if str(n).startswith(AVERAGED)]
+    if missing := [name for name in inside if name not in checkpoint.get('state_dict', ())]:
+        raise DyRepError(
+            f'no run can resume from this checkpoint, its ema_state_dict has {missing[0]} and its '
+            'state_dict has not: load_from (resume=False) starts from its weights'
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from mmengine.registry import HOOKS, MODELS, init_default_scope
 from torch import Tensor, nn
 
 from dyrep_mm.engine.checkpoint import (
-    load_grown,
+    grown_in,
+    load_checkpoint,
     load_strictly,
     load_structure,
     save_atomically,
@@ -32,13 +33,16 @@ from dyrep_mm.engine.passes import (
     tensors_in,
 )
 from dyrep_mm.engine.pretrained import DyRepPretrained
+from dyrep_mm.engine.progress import stage
+from dyrep_mm.engine.stock import BRANCHES, is_stock, norms_in, weights_said
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.evolution.record import KEY
 from dyrep_mm.registry import TASK_UTILS
 from dyrep_mm.reparam.block import gain_bias
-from dyrep_mm.surgery.fuse import fuse
+from dyrep_mm.surgery.fuse import fuse, fused_state
+from dyrep_mm.surgery.outputs import Norms, following_norms
 from dyrep_mm.surgery.rewire import INIT_SCALE, expand, restore
-from dyrep_mm.surgery.structure import PRESETS, altered
+from dyrep_mm.surgery.structure import PRESETS, altered, listed, misfits
 from dyrep_mm.surgery.tree import Scope, blocks_of, get_module
 from dyrep_mm.version import __version__
 
@@ -91,11 +95,14 @@ class FuseReport:
     """What :func:`fuse_checkpoint` did.
 
     Attributes:
-        weights: Which weights of the checkpoint were fused.
+        weights: Which weights of the checkpoint were fused: ``raw`` or ``averaged``.
         blocks: How many blocks became convs.
         biased: Convs that gained a bias, since no BN takes their output.
         error64: See :func:`relative_difference`, in float64.
         error32: The same in float32, with the weights as they are in the file.
+        fused: Paths of the convs that were blocks, or had gained a bias.
+        model: The plain model with these weights, in float32.
+        images: The images that it was verified on, in float32.
     """
 
     weights: str
@@ -103,6 +110,9 @@ class FuseReport:
     biased: list[str]
     error64: float
     error32: float
+    fused: list[str] = field(repr=False)
+    model: nn.Module = field(repr=False)
+    images: Tensor = field(repr=False)
 
 
 def read_config(path: str | Path) -> Config:
@@ -152,14 +162,19 @@ def relative_difference(first: Any, second: Any) -> float:
 
 
 @torch.no_grad()
-def difference(model: nn.Module, fused: nn.Module, inputs: Tensor, passes: Passes) -> float:
+def difference(
+    model: nn.Module, fused: nn.Module, inputs: Tensor, passes: Passes, norms: Norms
+) -> float:
     """:func:`relative_difference` of all that both put out, and of the blocks that no pass reaches,
-    each on an input of its own."""
+    each on an input of its own, behind the norm that follows where one is known."""
     pairs = [(passes(model, inputs), passes(fused, inputs))]
     for path in passes.unreached:
         block, conv = get_module(model, path), get_module(fused, path)
         x = noise_for(block.in_channels, inputs)
-        pairs.append((block(x), conv(x)))
+        outputs = block(x), conv(x)
+        for norm in norms.get(path, ())[:1]:
+            outputs = get_module(model, norm)(outputs[0]), get_module(fused, norm)(outputs[1])
+        pairs.append(outputs)
     return relative_difference(*zip(*pairs, strict=True))
 
 
@@ -173,11 +188,12 @@ def fuse_checkpoint(
     trust: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> FuseReport:
-    """Turn a checkpoint with a structure into a plain one, verified.
+    """Turn a checkpoint of a training into one for deployment, verified.
 
-    The model is rebuilt from config and structure, fused, reloaded with ``strict=True`` into
-    the plain model of the config, and both are compared on random images, heads included.
-    ``out`` is written only if they agree.
+    The model with its branches is rebuilt from config and structure, fused in float64, reloaded
+    with ``strict=True`` into the plain model of the config, and both are compared on random
+    images, heads included. The fused weights that the checkpoint holds must be those, to the
+    rounding of their dtype. ``out`` is written only if all agree, and has no branches.
 
     Args:
         config: Config file; a DyRep hook in it does not matter.
@@ -194,38 +210,50 @@ def fuse_checkpoint(
     Raises:
         DyRepError: an argument is wrong, the checkpoint cannot be read, does not fit the config,
             holds no structure or a number that is not finite, no image is found that the model
-            takes, or the fused model differs.
+            takes, the fused model differs, or the checkpoint holds other fused weights.
     """
     sizes = None if size is None else [_check_size(size)]
     if not 0 <= tolerance < math.inf:
         raise DyRepError(f'tolerance is a finite number of at least 0, got {tolerance}')
     _check_out(out, checkpoint)
-    loaded, structure = load_grown(checkpoint, trust=trust)
+    stage('reading the checkpoint')
+    stored = load_checkpoint(checkpoint, trust=trust)
+    loaded, structure = grown_in(stored, checkpoint)
     cfg = read_config(config)
     model, plain = build_model(cfg), build_model(cfg)
     restore(model, structure, weights_of(loaded))
     load_strictly(model, weights_of(loaded), checkpoint)
     check_finite(model, checkpoint)
-    weights = 'EMA weights' if 'ema_state_dict' in loaded else 'weights'
-    blocks = len(blocks_of(model))
-    say(f'fusing the {weights} that a test of {checkpoint} uses: {blocks} blocks')
+    weights, blocks = weights_said(loaded), len(blocks_of(model))
+    say(f'fusing the {weights} weights that a test of {checkpoint} uses: {blocks} blocks')
 
+    stage('looking for images that the model takes')
     # In float64, which holds the model's own numbers; the file gets them rounded once.
     exact, biased = copy.deepcopy(model).double(), []
     dtypes = {name: tensor.dtype for name, tensor in plain.state_dict().items()}
     inputs, passes = find_passes(exact, plain, sizes or [IMAGE_SIZE, *sizes_in(cfg)])
     for path in passes.unreached:
-        say(f'{path} is in no forward that could be made: it is verified by itself, norms left out')
-    fused = fuse(exact, inputs, forward=passes)
+        say(f'{path} is in no forward that could be made: it is verified by itself')
+    stage('fusing')
+    seen = following_norms(exact, altered(exact), inputs, passes)
+    trained = norms_in(loaded)
+    norms = {**seen, **{path: trained[path] for path in passes.unreached if path in trained}}
+    if is_stock(stored):
+        _check_stored(weights_of(stored), exact, trained, seen, checkpoint)
+    fused = fuse(exact, inputs, forward=passes, norms=norms)
     plain.double()
     for path in _transplant(fused, plain, checkpoint):
         biased.append(path)
         dtypes[f'{path}.bias'] = dtypes[f'{path}.weight']
         why = 'no BN takes its output' if path not in passes.unreached else 'it has no known BN'
         say(f'{path} gains a bias: {why}, so its plain config must have one')
-    error64 = difference(exact, plain, inputs, passes)
+    stage('verifying in float64')
+    error64 = difference(exact, plain, inputs, passes, norms)
     state = {name: tensor.to(dtypes[name]) for name, tensor in plain.state_dict().items()}
-    error32 = difference(model, plain.float(), inputs.float(), passes)
+    if is_stock(stored) and state.keys() == stored['state_dict'].keys():
+        state = dict(stored['state_dict'])  # the same but for the order of rounding
+    stage('verifying in float32')
+    error32 = difference(model, plain.float(), inputs.float(), passes, norms)
     say(
         f'relative difference of outputs on images of {shape_of(inputs)}: '
         f'{error64:.1e} in float64, {error32:.1e} in float32'
@@ -238,7 +266,48 @@ def fuse_checkpoint(
     meta = {**loaded['meta'], 'cfg': plain_config(cfg).pretty_text}
     save_atomically(_fused_checkpoint(meta, checkpoint, weights, state), out)
     say(f'wrote {out}')
-    return FuseReport(weights, blocks, biased, error64, error32)
+    parts = list(altered(exact))
+    return FuseReport(weights, blocks, biased, error64, error32, parts, plain, inputs.float())
+
+
+def _check_stored(
+    state: Mapping[str, Tensor],
+    exact: nn.Module,
+    trained: Norms,
+    seen: Norms,
+    checkpoint: str | Path,
+) -> None:
+    """Raise ``DyRepError`` unless the fused weights in a checkpoint are those of its branches.
+
+    Args:
+        state: They themselves.
+        exact: The model with branches, in float64.
+        trained: Norms that followed in the training, which the biases went into.
+        seen: Norms that follow in eval mode, of what can be called.
+        checkpoint: The file.
+    """
+    for path, norms in trained.items():
+        if norms and set(seen.get(path, norms)) != set(norms):
+            raise DyRepError(
+                f'the fused weights in {checkpoint} are not those of its branches: in eval mode '
+                f'the output of {path} goes elsewhere than into {norms[0]}'
+            )
+    expected, _ = fused_state(exact, trained, exact.state_dict())
+    wrong = misfits(expected, state) or [
+        f'{name} differs'
+        for name, tensor in expected.items()
+        if tensor.is_floating_point() and not _is_rounded(state[name], tensor)
+    ]
+    if wrong:
+        raise DyRepError(
+            f'the fused weights in {checkpoint} are not those of its branches: {listed(wrong)}'
+        )
+
+
+def _is_rounded(tensor: Tensor, exact: Tensor) -> bool:
+    """Whether ``tensor`` is ``exact`` to the rounding of its dtype, relative to the largest."""
+    bound = 4 * torch.finfo(tensor.dtype).eps * exact.abs().max() if exact.numel() else 0
+    return bool(((tensor.double() - exact).abs() <= bound).all())
 
 
 def find_passes(
@@ -385,16 +454,20 @@ def _fused_checkpoint(
     meta: Mapping, source: str | Path, weights: str, state: dict[str, Tensor]
 ) -> dict[str, Any]:
     """The content of a fused file: plain data, and from where it comes."""
+    trained = meta[KEY] if isinstance(meta.get(KEY), Mapping) else {}
     said = {
-        'fused': True,
+        'fused': 'by tools/fuse.py',
         'source': Path(source).name,
         'weights': weights,
         'version': __version__,
-        'structure': {},
+        'structure': {},  # of these weights
+        'grown': _plain(trained.get('structure')),
+        'journal': _plain(trained.get('journal', [])),
     }
+    kept = {name: value for name, value in meta.items() if name != BRANCHES}
     return {
         # Inferencers need `cfg` and `dataset_meta`; the rest says where the weights come from.
-        'meta': {**_plain(meta), KEY: said},
+        'meta': {**_plain(kept), KEY: said},
         'state_dict': state,
     }
 

@@ -38,7 +38,7 @@ class DyRepPretrained:
     function that the fused weights would give.
 
     Args:
-        checkpoint: Checkpoint file of a run with DyRep, not fused.
+        checkpoint: Checkpoint file of a run with DyRep, as the run wrote it or published.
         prefix: What the names of the wanted part start with there, e.g. ``'backbone.'``.
 
     Raises:

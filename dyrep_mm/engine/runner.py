@@ -69,8 +69,10 @@ def param_settings(runner: Runner) -> dict[nn.Parameter, dict[str, Any]]:
         runner.logger.disabled = False
         for parameter in frozen:
             parameter.requires_grad_(False)
+    # A factor that mmengine notes beside what it multiplies is no setting.
+    notes = ('params', 'param_names', 'lr_mult', 'decay_mult')
     return {
-        parameter: {key: v for key, v in group.items() if not key.startswith('param')}
+        parameter: {key: v for key, v in group.items() if key not in notes}
         for group in wrapper.optimizer.param_groups
         for parameter in group['params']
     }

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dyrep_mm.engine.checkpoint import Once, check_weights, load_structure, weights_of
 from dyrep_mm.engine.pretrained import handovers_in
 from dyrep_mm.engine.transaction import Transaction
 from dyrep_mm.errors import DyRepError
+from dyrep_mm.reparam.branches import kernel_of
+from dyrep_mm.reparam.kernels import add
 from dyrep_mm.surgery.candidates import FROZEN, candidates, left_alone, preset, survey
 from dyrep_mm.surgery.copies import with_copies
 from dyrep_mm.surgery.rewire import absent, structure_errors
@@ -95,7 +98,9 @@ def _prepare(
     return changed
 
 
-def start_from(transaction: Transaction, source: Any, scope: Scope, *key: Any) -> None:
+def start_from(
+    transaction: Transaction, source: Any, scope: Scope, *key: Any, compensate: bool = True
+) -> None:
     """Give the model the structure that the option ``structure`` names.
 
     Args:
@@ -103,6 +108,8 @@ def start_from(transaction: Transaction, source: Any, scope: Scope, *key: Any) -
         source: A name in ``PRESETS``, a mapping or a file.
         scope: With a name, where to look.
         key: Seeds the new branches.
+        compensate: Whether the convs take the kernels of their branches out of their own, so that
+            the model computes what it did.
 
     Raises:
         DyRepError: there is no such structure, or it does not fit the model.
@@ -113,7 +120,20 @@ def start_from(transaction: Transaction, source: Any, scope: Scope, *key: Any) -
     else:
         structure = load_structure(source)
     with structure_errors():
+        before = blocks_of(model).keys()
         transaction.change(Plan(grow=absent(model, structure)), *key)
+    if not compensate:
+        for made in (model, *(averaged.module for averaged in transaction.averages)):
+            _give_back(made, before)
+
+
+@torch.no_grad()
+def _give_back(model: nn.Module, but: Iterable[str]) -> None:
+    """Undo what blocks took out of their convs when they were made, outer ones first."""
+    for path, block in blocks_of(model).items():
+        if path not in but:
+            kernel = add(map(kernel_of, block.added), block.kernel_size)
+            block.origin.weight.add_(kernel.weight)
 
 
 def check_that_something_can_change(

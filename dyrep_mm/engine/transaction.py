@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import tee
 from typing import Any
 
 from mmengine.runner import Runner
 from torch import Generator, Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dyrep_mm.engine.batches import (
     calibration_batches,
@@ -19,6 +20,7 @@ from dyrep_mm.engine.batches import (
     can_draw,
     random_state_kept,
 )
+from dyrep_mm.engine.progress import track
 from dyrep_mm.engine.runner import (
     averaged_models,
     broadcast_parameters,
@@ -31,23 +33,26 @@ from dyrep_mm.engine.runner import (
     unwrap,
 )
 from dyrep_mm.reparam.block import origin_of
-from dyrep_mm.surgery.calibration import calibrate
+from dyrep_mm.surgery.calibration import calibrate, remeasure
 from dyrep_mm.surgery.candidates import leave_alone
 from dyrep_mm.surgery.copies import Copies, following, own_part, places_in, with_copies
 from dyrep_mm.surgery.optimizer import FreezeWatch, check_optimizer, sync_optimizer
+from dyrep_mm.surgery.outputs import Norms, OutputWatch
 from dyrep_mm.surgery.rewire import (
     INIT_SCALE,
     Blocks,
     adopt,
+    adopt_statistics,
     insert,
     mirror,
     prune,
     restore,
     rewire,
+    set_branch_norm,
     set_recompute,
 )
-from dyrep_mm.surgery.structure import Plan, Structure
-from dyrep_mm.surgery.tree import get_module, in_scope, replace
+from dyrep_mm.surgery.structure import Plan, Structure, altered
+from dyrep_mm.surgery.tree import blocks_of, get_module, in_scope, outermost, replace
 from dyrep_mm.surgery.usage import watch_use
 
 
@@ -63,6 +68,7 @@ class Transaction:
         init_scale: Importance of a new branch relative to its conv.
         calibration_batches: Training batches for the BN statistics of new branches.
         recompute: Compute branch outputs again in the backward instead of keeping them.
+        branch_norm: What the norms of branches normalise with, see docs/norms.md.
         copies: Momentum copies inside the model, as it was constructed.
 
     Attributes:
@@ -72,6 +78,7 @@ class Transaction:
         freezes: Of the present structure.
         batch_sampler: Of the training, as it was before its first batch.
         last_batch: The batch that was trained on last, where no other can be drawn.
+        unwatched: Blocks and convs of which no forward has shown yet which norms follow.
     """
 
     def __init__(
@@ -81,12 +88,14 @@ class Transaction:
         init_scale: float = INIT_SCALE,
         calibration_batches: int = 20,
         recompute: bool = False,
+        branch_norm: str = 'batch',
         copies: Mapping[str, str] | None = None,
     ):
         self.runner = runner
         self.init_scale = init_scale
         self.calibration_batches = calibration_batches
         self.recompute = recompute
+        self.branch_norm = branch_norm
         self.model = unwrap(runner.model)
         self.averages = averaged_models(runner)
         self.optimizer = optimizer_of(runner)
@@ -94,11 +103,54 @@ class Transaction:
         self.batch_sampler: Any = None
         self.last_batch: Any = None
         self._copies: Copies = dict(copies or {})
+        self._norms: Norms = {}
+        self.unwatched = list(altered(self.model))
 
     @property
     def copies(self) -> Copies:
         """Momentum copies inside the model that follow a part of it now."""
         return following(self.model, self._copies)
+
+    @property
+    def norms(self) -> Norms:
+        """The norms that follow convs and blocks, as far as they are known; those of copies are at
+        the places of those of their sources."""
+        norms = dict(self._norms)
+        for copied, source in self.copies.items():
+            for path, names in self._norms.items():
+                if in_scope(path, source) and all(in_scope(name, source) for name in names):
+                    at = copied + path[len(source) :]
+                    norms.setdefault(at, [copied + name[len(source) :] for name in names])
+        return norms
+
+    def learn_norms(self, norms: Norms) -> None:
+        """Remember which norms a forward, or another run, has seen behind convs and blocks."""
+        for path, names in norms.items():
+            known = self._norms.get(path, names)
+            # Calls that differ, as with and without a norm: none takes all.
+            self._norms[path] = names if set(known) == set(names) else []
+        self._note_unwatched()
+
+    def accept_norms(self, norms: Norms) -> None:
+        """Believe another run, as its checkpoint tells, of what is not known yet and can be."""
+
+        def fits(path: str, module: nn.Module) -> bool:
+            found = [modules.get(name) for name in norms[path]]
+            width = origin_of(module).out_channels
+            return all(
+                isinstance(norm, _BatchNorm)
+                and norm.running_mean is not None
+                and norm.num_features == width
+                for norm in found
+            )
+
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        wanted = {path: m for path, m in altered(self.model).items() if path not in self._norms}
+        self.learn_norms({p: norms[p] for p, m in wanted.items() if p in norms and fits(p, m)})
+
+    def _note_unwatched(self) -> None:
+        norms = self.norms
+        self.unwatched = [path for path in altered(self.model) if path not in norms]
 
     def change(self, plan: Plan, *key: Any) -> Plan:
         """Carry out a plan, except for convs in whose place no block can stand.
@@ -158,7 +210,7 @@ class Transaction:
 
     def follow(self) -> None:
         """Update everything that refers to the model's parameters: averages, optimizer, DDP."""
-        set_recompute(self.model, self.recompute)
+        self.set_modes()
         refresh_averages(self.model)
         for averaged in self.averages:
             broadcast_parameters(averaged.module)
@@ -171,6 +223,37 @@ class Transaction:
             self.runner.model.train()  # frozen stages and norm_eval, as the library wants them
             check_optimizer(self.optimizer, self.model, before)
         self.freezes = FreezeWatch(self.model)
+        self._note_unwatched()
+
+    def set_modes(self) -> None:
+        """Let all blocks run as the options say; modes of norms are the library's afterwards."""
+        set_recompute(self.model, self.recompute)
+        for model in (self.model, *(averaged.module for averaged in self.averages)):
+            set_branch_norm(model, self.branch_norm)
+
+    def remeasure(self, *key: Any) -> None:
+        """Measure the blocks that are there on training batches, of which training notices
+        nothing; no function changes, nor that of a copy or an average.
+
+        Args:
+            key: Seeds the choice of batches, see :meth:`change`.
+        """
+        copies, present = self.copies, blocks_of(self.model)
+        blocks = {path: b for path, b in present.items() if not in_scope(path, list(copies))}
+        if not (blocks and self.calibration_batches):
+            return
+        seed = make_seed(*key, 'measuring')
+        with random_state_kept(seed):
+            forward = calibration_forward(self.runner)
+            remeasure(self.model, blocks, self._batches(seed), forward)
+        if self.branch_norm != 'fixed':
+            return
+        for path, block in blocks.items():
+            for at in places_in(copies, path):
+                adopt_statistics(present[at], block)
+        for averaged in self.averages:
+            for path, block in blocks_of(averaged.module).items():
+                adopt_statistics(block, present[path])
 
     def _grow(self, plan: Plan, key: tuple) -> Plan:
         """Look how training uses the convs, put blocks around them and measure those on training
@@ -187,7 +270,8 @@ class Transaction:
             if (batches := self._batches(seed)) is not None:
                 first, batches = tee(batches)
                 # A preprocessor may write into a batch.
-                reasons, calls = watch_use(self.model, convs, map(copy.deepcopy, first), forward)
+                watched = self._watching_norms(convs, forward)
+                reasons, calls = watch_use(self.model, convs, map(copy.deepcopy, first), watched)
                 del first  # it would keep what `batches` has passed
 
             wanted = {p: names for p, names in plan.grow.items() if not in_scope(p, list(reasons))}
@@ -224,9 +308,26 @@ class Transaction:
         grow = {p: names for p, names in plan.grow.items() if not in_scope(p, outer)}
         return dataclasses.replace(plan, grow=grow)
 
+    def _watching_norms(
+        self, convs: Sequence[str], forward: Callable[[Any], None]
+    ) -> Callable[[Any], None]:
+        """``forward``, which also shows which norms follow the convs: a checkpoint that is saved
+        next holds them fused."""
+        paths = list(dict.fromkeys(outermost(self.model, path) for path in convs))
+        if not (paths := [path for path in paths if path not in self._norms]):
+            return forward
+
+        def watched(batch: Any) -> None:
+            with OutputWatch(self.model, paths) as watch:
+                forward(batch)
+            self.learn_norms(watch.norms())
+
+        return watched
+
     def _batches(self, seed: int) -> Iterator[Any] | None:
         """Training batches to look at and to measure on; None if there is none."""
         if can_draw(self.runner) or self.calibration_batches:
             count = max(self.calibration_batches, 1)
-            return calibration_batches(self.runner, count, seed, self.batch_sampler)
+            batches = calibration_batches(self.runner, count, seed, self.batch_sampler)
+            return track(batches, 'calibrating new branches', count)
         return None if self.last_batch is None else iter([self.last_batch])

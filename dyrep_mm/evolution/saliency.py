@@ -1,5 +1,5 @@
-"""Scores of operations, gradients in, one number per operation out, and where a new one is
-registered (appendix A.3).
+"""What a score of operations is, gradients in, one number per operation out, and where a new one
+is registered.
 
 Scores are gathered on the device of the parameters, without a host sync per iteration.
 """
@@ -13,12 +13,18 @@ import torch
 from torch import Tensor
 
 from dyrep_mm.errors import DyRepError
+from dyrep_mm.evolution.operations import Operation, Operations, form_of
+
+#: Runs a function on the loss of a few training batches, with gradients, and gives the mean of what
+#: it returns, over batches and processes; None where no batches can be drawn.
+OverLosses = Callable[[Callable[[Tensor], Tensor]], 'Tensor | None']
 
 
 class Score(Protocol):
     """What a rule needs of a score; :class:`GradientScore` is one to build on.
 
-    A score is made once for the operations that may grow, from their weights by path.
+    A score is made at the start of an interval for the operations that may grow, by path. One that
+    has a method ``look(over_losses: OverLosses)`` is given batches of its own before ``means``.
     """
 
     def gather(self, loss_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
@@ -38,13 +44,14 @@ class Score(Protocol):
 
 
 #: The classes of all scores by name; :func:`register_score` adds one.
-SCORES: dict[str, Callable[[Mapping[str, Tensor]], Score]] = {}
+SCORES: dict[str, Callable[[Operations], Score]] = {}
 
 
 def register_score(name: str) -> Callable[[type], type]:
     """Make a class known as the score ``name``; a class decorator.
 
-    The class takes the weights of the operations by path and has the methods of :class:`Score`.
+    The class takes the operations by path, see
+    :class:`dyrep_mm.evolution.operations.Operation`, and has the methods of :class:`Score`.
 
     Raises:
         DyRepError: the name is empty or taken, or the class lacks a method.
@@ -77,10 +84,10 @@ def check_metric(name: str) -> None:
         raise DyRepError(f'unknown metric {name!r}: choose from {", ".join(SCORES)}')
 
 
-def make_score(name: str, weights: Mapping[str, Tensor]) -> Score:
-    """The score ``name`` for operations with these weights, by path."""
+def make_score(name: str, operations: Operations) -> Score:
+    """The score ``name`` for these operations, by path."""
     check_metric(name)
-    return SCORES[name](weights)
+    return SCORES[name](operations)
 
 
 class GradientScore:
@@ -90,7 +97,7 @@ class GradientScore:
     A subclass says in :meth:`measure` what the numbers are.
 
     Args:
-        weights: Weight (out, in / groups, kh, kw) of each operation, by path.
+        operations: What may grow, by path.
 
     Attributes:
         sums: Of the numbers, (rows, operations), float64.
@@ -100,11 +107,14 @@ class GradientScore:
     metric: str
     #: How many numbers :meth:`measure` makes for an operation; the first is the score.
     rows = 1
+    #: With which power of the gradients they grow.
+    power = 1
 
-    def __init__(self, weights: Mapping[str, Tensor]):
-        self.weights = dict(weights)
-        self.paths = list(self.weights)
-        device = next(iter(self.weights.values())).device if self.weights else 'cpu'
+    def __init__(self, operations: Operations):
+        self.operations = dict(operations)
+        self.paths = list(self.operations)
+        weights = [operation.weight for operation in self.operations.values()]
+        device = weights[0].device if weights else 'cpu'
         size = len(self.paths)
         self.sums = torch.zeros(self.rows, size, dtype=torch.float64, device=device)
         self.counts = torch.zeros(size, dtype=torch.float64, device=device)
@@ -112,8 +122,18 @@ class GradientScore:
         self._used: tuple[tuple[int, ...] | None, Tensor] = None, self.counts
 
     def measure(self, weights: list[Tensor], grads: list[Tensor]) -> Tensor:
-        """The numbers of one iteration, (at most rows, operations), on the device."""
+        """The numbers of one iteration, (at most rows, operations), on the device.
+
+        Args:
+            weights: Of the plain convs that compute what the operations do.
+            grads: Of these weights.
+        """
         raise NotImplementedError
+
+    def measure_all(self, operations: list[Operation]) -> Tensor:
+        """As :meth:`measure`, for a score that needs more than weights and gradients."""
+        weights = [operation.kernel() for operation in operations]
+        return self.measure(weights, [operation.weight.grad for operation in operations])
 
     @torch.no_grad()
     def gather(self, loss_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
@@ -125,22 +145,27 @@ class GradientScore:
             loss_scale: What the gradients are still multiplied by, if anything.
             found_inf: Not zero if the optimizer will skip this step.
         """
-        used = [i for i, path in enumerate(self.paths) if self.weights[path].grad is not None]
+        used = self.used()
         if not used or not self.rows:
             return
-        weights = [self.weights[self.paths[i]] for i in used]
-        numbers = self.measure(weights, [weight.grad for weight in weights]).to(self.sums)
+        numbers = self.measure_all([self.operations[self.paths[i]] for i in used]).to(self.sums)
         self.started = True
         if loss_scale is not None:
-            numbers = numbers / loss_scale.to(numbers)
+            numbers = numbers / loss_scale.to(numbers) ** self.power
         good = numbers.isfinite().all()
         if found_inf is not None:
             good = good & (found_inf == 0).to(good.device).all()
-        index = self._index_of(tuple(used))
+        index = self.index_of(used)
         self.sums[: len(numbers)].index_add_(1, index, torch.where(good, numbers, 0.0))
         self.counts.index_add_(0, index, good.to(self.counts).expand(len(used)))
 
-    def _index_of(self, used: tuple[int, ...]) -> Tensor:
+    def used(self) -> tuple[int, ...]:
+        """The places in ``paths`` of the operations that have a gradient."""
+        operations = enumerate(self.operations.values())
+        return tuple(i for i, operation in operations if operation.weight.grad is not None)
+
+    def index_of(self, used: tuple[int, ...]) -> Tensor:
+        """``used`` as a tensor on the device."""
         # Kept, since a copy to an accelerator waits for it.
         if self._used[0] != used:
             self._used = used, torch.tensor(used, device=self.counts.device)
@@ -170,6 +195,8 @@ class GradientScore:
         Raises:
             DyRepError: the data is malformed.
         """
+        if not isinstance(state, Mapping):
+            return False
         metric, paths = state.get('metric'), state.get('paths')
         if not isinstance(metric, str) or not isinstance(paths, list):
             return False
@@ -177,112 +204,8 @@ class GradientScore:
             return False
         for name, own in (('sums', self.sums), ('counts', self.counts)):
             saved = state.get(name)
-            if not isinstance(saved, Tensor) or _form_of(saved) != _form_of(own):
+            if not isinstance(saved, Tensor) or form_of(saved) != form_of(own):
                 raise DyRepError(f'the scores of the checkpoint are malformed: {name}')
             own.copy_(saved)
         self.started = bool(state['counts'].any())
         return True
-
-
-def _form_of(tensor: Tensor) -> tuple:
-    """What two tensors must have in common for one to take the values of the other."""
-    return tensor.shape, tensor.dtype, tensor.layout, tensor.is_meta
-
-
-def synflow(weights: list[Tensor], grads: list[Tensor]) -> Tensor:
-    """Eq. 4: the signed sum of gradient times weight, (operations,)."""
-    pairs = zip(weights, grads, strict=True)
-    return torch.stack([torch.dot(w.reshape(-1), g.reshape(-1)) for w, g in pairs])
-
-
-def snip(weights: list[Tensor], grads: list[Tensor]) -> Tensor:
-    """Eq. 13: the sum of ``|gradient times weight|``, (operations,)."""
-    return torch.stack(torch._foreach_norm(torch._foreach_mul(weights, grads), 1))
-
-
-def grad_norm(weights: list[Tensor], grads: list[Tensor]) -> Tensor:
-    """Eq. 12: the Euclidean norm of the gradient, (operations,)."""
-    return torch.stack(torch._foreach_norm(grads, 2))
-
-
-#: A signed sum below this part of the absolute sum is rounding, not a measurement.
-CANCELLED = 1e-5
-
-
-@register_score('synflow')
-class Synflow(GradientScore):
-    """Eq. 4.
-
-    It cancels for a conv in front of a BN in train mode: the loss does not change with the scale
-    of such a kernel, which is what the signed sum measures. The absolute sum of the first
-    iteration tells whether it does.
-    """
-
-    rows = 2
-
-    def measure(self, weights: list[Tensor], grads: list[Tensor]) -> Tensor:
-        signed = synflow(weights, grads)
-        return torch.stack([signed] if self.started else [signed, snip(weights, grads)])
-
-    def cancelled(self) -> bool:
-        """Whether the signed sums are rounding for most operations."""
-        signed, absolute = self.sums.abs()
-        signed = signed / self.counts.clamp_min(1)
-        seen = absolute > 0
-        rounding = signed[seen] < CANCELLED * absolute[seen]
-        return bool(rounding.float().mean() > 0.5) if seen.any() else False
-
-    def remark(self) -> str | None:
-        """Says that the sums cancel, if they do."""
-        if not self.cancelled():
-            return None
-        return (
-            'the signed sums of metric=synflow (Eq. 4) cancel to rounding in front of BN in train '
-            'mode; the choice is close to random, metric=snip is not'
-        )
-
-
-@register_score('snip')
-class Snip(GradientScore):
-    """Eq. 13."""
-
-    def measure(self, weights: list[Tensor], grads: list[Tensor]) -> Tensor:
-        return snip(weights, grads)[None]
-
-
-@register_score('grad_norm')
-class GradNorm(GradientScore):
-    """Eq. 12."""
-
-    def measure(self, weights: list[Tensor], grads: list[Tensor]) -> Tensor:
-        return grad_norm(weights, grads)[None]
-
-
-@register_score('random')
-class Random(GradientScore):
-    """Eq. 11: draws, made when they are needed."""
-
-    rows = 0
-
-    def means(self, generator: torch.Generator | None = None) -> dict[str, float]:
-        """A draw for each operation from ``generator``."""
-        draws = torch.rand(len(self.paths), generator=generator).tolist()
-        return dict(zip(self.paths, draws, strict=True))
-
-
-@register_score('vote')
-class Vote(GradientScore):
-    """The mean rank of an operation under Eq. 4, 13 and 12: its votes are the operations it
-    beats."""
-
-    rows = 3
-
-    def measure(self, weights: list[Tensor], grads: list[Tensor]) -> Tensor:
-        return torch.stack([score(weights, grads) for score in (synflow, snip, grad_norm)])
-
-    def means(self, generator: torch.Generator | None = None) -> dict[str, float]:
-        """Mean rank per operation; operations that were never counted are left out."""
-        counted = [i for i, n in enumerate(self.counts.tolist()) if n]
-        means = (self.sums / self.counts).cpu()[:, counted]
-        ranks = means.argsort(1).argsort(1).double().mean(0).tolist()
-        return {self.paths[i]: rank for i, rank in zip(counted, ranks, strict=True)}

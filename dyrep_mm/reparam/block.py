@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
@@ -21,11 +23,20 @@ from dyrep_mm.reparam.branches import (
     fitting,
     kernel_of,
     multiply_adds_of,
+    path_of,
 )
 from dyrep_mm.reparam.geometry import ConvSpec, Pair, output_size
-from dyrep_mm.reparam.kernels import Kernel, add, is_recorded, make_kernel
-from dyrep_mm.reparam.moments import BlockInput
-from dyrep_mm.reparam.norms import NormFactory, counts_other_processes, statistics_kept
+from dyrep_mm.reparam.kernels import Kernel, add, is_recorded, make_kernel, merge
+from dyrep_mm.reparam.moments import BlockInput, Sample, Source
+from dyrep_mm.reparam.norms import (
+    NormFactory,
+    check_branch_norm,
+    counts_other_processes,
+    statistics_kept,
+)
+
+#: The least unit of a channel, relative to the mean of its block.
+LEAST_UNIT = 0.01
 
 
 def gain_bias(conv: nn.Conv2d) -> None:
@@ -76,13 +87,14 @@ class Block(nn.Module):
     The other branches are absorbed by it or grown around it without a change of what the
     block computes in eval mode.
 
-    Where no norm of the block uses batch statistics (``norm_eval=True``, inference) the block
-    is linear and runs as one conv with the merged kernel, differentiably. In train mode the
-    branches whose batch statistics follow from those of the input (:mod:`dyrep_mm.reparam.moments`)
-    merge into that conv, the others run beside it. On small maps, in half precision, under
-    autocast, in a trace, with SyncBN, or while hooks watch a module of the block, all run. A batch
-    with fewer than two values a channel has no statistics: the block then computes, and trains,
-    what it is in eval mode.
+    Where no norm of the block uses batch statistics (``branch_norm='fixed'``, ``norm_eval=True``,
+    inference) the block is linear and runs as one conv with the merged kernel, differentiably. With
+    ``branch_norm='sampled'`` it does so too, with the statistics of a sample of the batch. With
+    ``'batch'`` the branches whose statistics follow from those of the input merge into that conv
+    (:mod:`dyrep_mm.reparam.moments`), the others run beside it; on small maps, in half precision,
+    under autocast, in a trace, with SyncBN, or while hooks watch a module of the block, all run. A
+    batch with fewer than two values a channel has no statistics: the block then computes, and
+    trains, what it is in eval mode.
 
     A block stands in the place of a conv: it is called as one, has its geometry, and ``weight``
     and ``bias`` to read. Both are merged from the branches, so nobody can set them.
@@ -105,6 +117,9 @@ class Block(nn.Module):
     #: Compute branch outputs again in the backward instead of keeping them: less memory, more
     #: time. In train mode only; a linear block keeps nothing anyway.
     recompute = False
+
+    #: What the norms of the branches normalise with in train mode, see :meth:`set_branch_norm`.
+    branch_norm = 'batch'
 
     _keeps_kernel = False
     _kept: _Kept | None = None
@@ -151,12 +166,12 @@ class Block(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Merged weight (out, in / groups, kh, kw)."""
-        return self.kernel().weight
+        return self.kernel().weight.to(self.origin.weight.dtype)
 
     @property
     def bias(self) -> Tensor:
         """Merged bias (out,)."""
-        return self.kernel().bias
+        return self.kernel().bias.to(self.origin.weight.dtype)
 
     @property
     def names(self) -> list[str]:
@@ -169,6 +184,12 @@ class Block(nn.Module):
         return [self.branches[name] for name in self.names if name != ORIGIN]
 
     @property
+    def added_norms(self) -> list[_BatchNorm]:
+        """The norms of the branches besides ``kxk``, and of what is nested in them."""
+        modules = (module for branch in self.added for module in branch.modules())
+        return [module for module in modules if isinstance(module, _BatchNorm)]
+
+    @property
     def origin(self) -> nn.Conv2d:
         """The conv that this block, and a block in the place of its ``kxk``, grew from."""
         return origin_of(self.branches[ORIGIN])
@@ -176,7 +197,7 @@ class Block(nn.Module):
     @property
     def is_linear(self) -> bool:
         """No norm uses batch statistics."""
-        return all(
+        return self.branch_norm == 'fixed' or all(
             not m.training and m.running_mean is not None
             for m in self.modules()
             if isinstance(m, _BatchNorm)
@@ -184,10 +205,14 @@ class Block(nn.Module):
 
     def kernel(self) -> Kernel:
         """The whole block as one kernel, with the running statistics (Eq. 2)."""
+        with self._precisely():
+            return self.merge()
+
+    def _precisely(self) -> AbstractContextManager:
+        """Kernels and statistics are computed without autocast."""
         kind = self.origin_std.device.type
         # An export would record the context too.
-        with torch.autocast(kind, enabled=False) if _is_autocast(kind) else nullcontext():
-            return add(map(kernel_of, self.branches.values()), self.kernel_size)
+        return torch.autocast(kind, enabled=False) if _is_autocast(kind) else nullcontext()
 
     def multiply_adds(self, size: Pair) -> int:
         """Of all branches, each run by itself, for one map of ``size`` (h, w)."""
@@ -197,17 +222,20 @@ class Block(nn.Module):
         """What the block makes of ``input`` (batch, in, h, w), or of one image (in, h, w)."""
         x = input  # the name that a conv knows it by
         if self.is_linear:
-            return self.spec.convolve(x, self._kernel_for_use())
+            return self._convolve(x, self._kernel_for_use())
         if x.ndim == 3:
             return self.forward(x[None])[0]
         if not self._finds_statistics(x):
-            return self.spec.convolve(x, self.kernel())
-        if self.may_merge(x):
-            kernels, running = self._batch_kernels(BlockInput(x, self.spec, self.recompute))
-            out = self.spec.convolve(x, add(kernels, self.kernel_size))
-        else:
+            return self._convolve(x, self.kernel())
+        if (source := self._source(x)) is None:
             running = [(branch, None) for branch in self.added]
             out = self.branches[ORIGIN](x)
+        else:
+            with self._precisely():
+                kernels, running = self._parts(source)
+                source.record()
+                kernel = add(kernels, self.kernel_size)
+            out = self._convolve(x, kernel)
         # In place: neither a conv nor a BN needs its output for the backward. A forward hook that
         # keeps the output of `branches.kxk` must clone it.
         for branch, inner in running:
@@ -235,6 +263,12 @@ class Block(nn.Module):
             return True
         return any(counts_other_processes(module) for module in self.modules())
 
+    def _source(self, x: Tensor) -> Source | None:
+        """Where norms get the statistics of ``x`` from; None if all branches have to run."""
+        if self.branch_norm == 'sampled':
+            return Sample(x, self.spec)
+        return BlockInput(x, self.spec, self.recompute) if self.may_merge(x) else None
+
     def may_merge(self, x: Tensor) -> bool:
         """Whether norms may fold with the statistics of the batch: these are known in full, it
         pays, and nobody watches the branches."""
@@ -256,29 +290,58 @@ class Block(nn.Module):
             )
         )
 
-    def _batch_kernels(
-        self, seen: BlockInput
+    def _parts(
+        self, source: Source | None = None
     ) -> tuple[list[Kernel], list[tuple[Branch, Kernel | None]]]:
-        """The kernels of what merges in train mode, and the branches that have to run, each with
-        what comes before its last BN if that merges."""
+        """The kernels of what merges, and the branches that have to run, each with what comes
+        before its last BN if that merges; see :meth:`merge`."""
         inner = self.branches[ORIGIN]
         if isinstance(inner, Block):
-            kernels, running = inner._batch_kernels(seen)
+            kernels, running = inner._parts(None if inner.is_linear else source)
         else:
             kernels, running = [kernel_of(inner)], []
         for branch in self.added:
-            kernel = branch.batch_kernel(seen)
-            if kernel is None:
-                running.append((branch, branch.inner_kernel(seen)))
-            else:
+            kernel, whole = branch.merge(source) or (None, False)
+            if whole:
                 kernels.append(kernel)
+            else:
+                running.append((branch, kernel))
         return kernels, running
 
+    def merge(self, source: Source | None = None) -> Kernel | None:
+        """The whole block as one kernel (Eq. 2), its norms in the mode they are in.
+
+        Args:
+            source: Of batch statistics; without it all norms use those that they keep.
+
+        Returns:
+            None if the source does not know all that they need.
+        """
+        if source is None:
+            return merge(map(path_of, self.branches.values()), self.kernel_size, self.groups)
+        kernels, running = self._parts(source)
+        return None if running else add(kernels, self.kernel_size)
+
+    def _convolve(self, x: Tensor, kernel: Kernel) -> Tensor:
+        dtype = self.origin.weight.dtype  # half precision merges in single
+        return self.spec.convolve(x, Kernel(kernel.weight.to(dtype), kernel.bias.to(dtype)))
+
     def _output(self, branch: Branch, x: Tensor, inner: Kernel | None) -> Tensor:
-        """Output of ``branch``, of which the backward keeps ``x`` alone if it may recompute."""
+        """Output of ``branch`` in its unit, of which the backward keeps ``x`` alone if it may
+        recompute."""
 
         def output(x: Tensor) -> Tensor:
-            return branch(x) if inner is None else branch.bn(self.spec.convolve(x, inner))
+            module, prefix, y = branch, 'bn.', x
+            if inner is not None:
+                module, prefix, y = branch.bn, '', self.spec.convolve(x, inner)
+            if is_recorded():  # a trace knows the parameters of a module alone
+                return module(y) * branch.unit.view(-1, 1, 1)
+            # Behind the norm the unit would cost a map.
+            scaled = {
+                f'{prefix}{name}': getattr(branch.bn, name) * branch.unit
+                for name in ('weight', 'bias')
+            }
+            return functional_call(module, scaled, (y,))
 
         if not self.recompute:
             return output(x)
@@ -309,16 +372,35 @@ class Block(nn.Module):
     def train(self, mode: bool = True) -> Block:
         # Where training starts, weights will change.
         self._keep_kernel(self._keeps_kernel and not mode)
-        return super().train(mode)
+        super().train(mode)
+        if self.branch_norm == 'fixed':
+            self._set_norms(False)
+        return self
+
+    def set_branch_norm(self, branch_norm: str, training: bool) -> None:
+        """Say what the norms of the branches normalise with in train mode.
+
+        Args:
+            branch_norm: One of :data:`dyrep_mm.reparam.norms.BRANCH_NORMS`.
+            training: Mode of norms that are no longer fixed.
+        """
+        if 'fixed' in (branch_norm, self.branch_norm):
+            self._set_norms(branch_norm != 'fixed' and training)
+        self.branch_norm = check_branch_norm(branch_norm)
+
+    def _set_norms(self, training: bool) -> None:
+        for norm in self.added_norms:
+            norm.train(training)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, '_keeps_kernel': False, '_kept': None}
 
     def importances(self) -> dict[str, float]:
         """Eq. 9 for each added branch: mean ``|gamma|`` of its last BN, in units of the output
-        of the original conv."""
+        of the original conv as that was measured last."""
         unit = self.origin_std.mean().clamp_min(torch.finfo(self.origin_std.dtype).tiny)
-        values = torch.stack([branch.bn.weight.detach().abs().mean() for branch in self.added])
+        values = [(branch.bn.weight.detach() * branch.unit).abs().mean() for branch in self.added]
+        values = torch.stack(values)
         return dict(zip(self.names[1:], (values / unit).tolist(), strict=True))
 
     @torch.no_grad()
@@ -331,13 +413,21 @@ class Block(nn.Module):
     def settle(self, init_scale: float) -> None:
         """Give every added branch its starting importance, then :meth:`compensate`.
 
-        The scale of each new branch is ``init_scale`` times ``origin_std``, and its shift is
+        The unit of each new branch is ``origin_std``, its scale is ``init_scale``, and its shift is
         what makes its merged bias zero: the conv needs no bias of its own to make up for it.
         """
+        # A branch of a dead channel, with a unit of zero, could never wake it. Where all are dead,
+        # nothing says how large a start would be small.
+        mean = self.origin_std.mean()
+        alive = mean > 0
+        unit = torch.where(alive, self.origin_std.clamp_min(mean * LEAST_UNIT), 1.0)
+        scale = alive.to(unit.dtype) * init_scale
         for branch in self.added:
-            branch.bn.weight.copy_(self.origin_std * init_scale)
+            branch.unit.fill_(1)
+            branch.bn.weight.fill_(scale)
             branch.bn.bias.zero_()
             branch.bn.bias.sub_(branch.kernel().bias)
+            branch.unit.copy_(unit)
         self.compensate()
 
     @torch.no_grad()
@@ -369,12 +459,46 @@ class Block(nn.Module):
         if self.origin.bias is not None:
             self.origin.bias.add_(bias)
         elif self.added:
-            self.added[0].bn.bias.add_(bias)
+            self.added[0].bn.bias.add_(bias / self.added[0].unit)
         elif isinstance(inner, Block):
             inner._shift(bias)
         elif bias.any():
             gain_bias(inner)
             inner.bias.add_(bias)
+
+    # The names under which tools make modules plain.
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Conv2d:
+        """A new conv that computes what the block does in eval mode; the block stays as it is.
+
+        Which norm follows is not known here, so the bias stays on the conv, exactly. Where the
+        plain model has none it is marked as gained: :func:`dyrep_mm.fuse` can move it on.
+        """
+        conv = copy.deepcopy(self.origin).train(self.training)
+        dtype = conv.weight.dtype
+        # In float64, so that the only rounding is that of the result.
+        weight, bias = copy.deepcopy(self).double().kernel()
+        conv.weight.data = weight.to(dtype)
+        if conv.bias is None and bias.any():
+            gain_bias(conv)
+        if conv.bias is not None:
+            conv.bias.data = bias.to(dtype)
+        return conv
+
+    def switch_to_deploy(self) -> None:
+        """Become the conv of :meth:`fuse` in place, for tools that leave modules where they are.
+
+        The class changes too, as that of a lazy module of torch does: the model is plain
+        afterwards, by its types and by the names of its weights. Hooks on the block stay.
+        """
+        conv = self.fuse()
+        hooks = {name: value for name, value in vars(self).items() if 'ward_' in name}
+        vars(self).clear()
+        vars(self).update({**vars(conv), **hooks})
+        self.__class__ = type(conv)
+
+    reparameterize = switch_to_deploy
 
 
 @contextmanager
@@ -404,4 +528,5 @@ def kernels_kept(model: nn.Module) -> Iterator[None]:
     finally:
         handle.remove()
         for block, keep in zip(blocks, before, strict=True):
-            block._keep_kernel(keep)
+            if isinstance(block, Block):  # it may have become a conv
+                block._keep_kernel(keep)

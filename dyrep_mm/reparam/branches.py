@@ -1,9 +1,9 @@
 """The operations of Table 1 as modules, and where a new one is registered.
 
-Each branch equals one :class:`Kernel`: in eval mode with its running statistics; in train
-mode, where merging pays off, with those of the batch. A branch is one or two stages, each a
-linear operation followed by a BN. The operation ``kxk`` is the conv itself and needs no class
-here.
+Each branch equals one :class:`Kernel`, as soon as the statistics of its norms are known: those
+that they keep, or those of a batch, see :mod:`dyrep_mm.reparam.moments`. A branch is one or two
+stages, each a linear operation followed by a BN. The operation ``kxk`` is the conv itself and
+needs no class here.
 
 At the border: the output of a leading 1x1 is padded before its BN. The BN then maps the padded
 zeros to the value that the second stage has to see outside the image. No padding layer with a
@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -32,21 +33,36 @@ from dyrep_mm.reparam.geometry import (
 )
 from dyrep_mm.reparam.kernels import (
     Kernel,
+    Norm,
+    Stage,
     average_weight,
     chain,
-    fold_bn,
     identity_weight,
     make_kernel,
 )
-from dyrep_mm.reparam.moments import BlockInput, fold_batch
-from dyrep_mm.reparam.norms import NormFactory, check_norm
+from dyrep_mm.reparam.moments import Average, Source, Statistics, across, fold
+from dyrep_mm.reparam.norms import NormFactory, check_norm, counts_other_processes
 
 
-def kernel_of(module: nn.Module) -> Kernel:
-    """Kernel of a conv, a branch or a block, in eval mode."""
-    if isinstance(module, nn.Conv2d):
-        return make_kernel(module.weight, module.bias)
-    return module.kernel()
+def kernel_of(module: nn.Module | Kernel) -> Kernel:
+    """Kernel of a conv, a branch or a block, in eval mode; of half precision in single."""
+    if not isinstance(module, (nn.Conv2d, Kernel)):
+        return module.kernel()
+    module = make_kernel(module.weight, module.bias)
+    wide = torch.promote_types(module.weight.dtype, torch.float32)
+    return Kernel(module.weight.to(wide), module.bias.to(wide))
+
+
+def path_of(module: nn.Module) -> list[Stage]:
+    """A conv, a branch or a block for :func:`~dyrep_mm.reparam.kernels.merge`, in eval mode."""
+    return module.path() if isinstance(module, Branch) else [_stage_of(module)]
+
+
+def _stage_of(module: nn.Module | Kernel, norm: Norm | None = None) -> Stage:
+    if isinstance(module, (nn.Conv2d, Kernel)) and module.bias is None:
+        weight = module.weight
+        return Stage(weight.to(torch.promote_types(weight.dtype, torch.float32)), None, norm)
+    return Stage(*kernel_of(module), norm)
 
 
 def multiply_adds_of(module: nn.Module, size: Pair) -> int:
@@ -70,6 +86,9 @@ def _make_conv(channels: Pair, size: Pair, generator: Generator | None, **geomet
 #: The operation that is the conv itself; every block has it.
 ORIGIN = 'kxk'
 
+#: Name of the buffer of a branch that checkpoints of 0.1.0 do not have.
+UNIT = 'unit'
+
 #: The operations of Table 1, in the order in which a block holds them. Defaults and presets mean
 #: these alone; others are named by whoever registered them.
 OPERATIONS = (ORIGIN, '1x1', '1x1-kxk', '1x1-avg', '1xk', 'kx1', 'identity')
@@ -84,68 +103,137 @@ class Branch(nn.Module):
     A subclass says in :meth:`build` what comes before that BN, runs it in ``forward``, gives it as
     kernels in :meth:`stages`, and names in :meth:`misfit` the convs on which it is not exact.
 
+    The block adds ``unit`` (out,) times what ``forward`` gives. It is the deviation that the output
+    of the conv had when the branch was added. So scale and shift of the last BN are in units of the
+    conv's output, and learn alike whatever the size of these outputs is.
+
     Args:
         spec: Geometry of the conv that the block replaces.
         norm: Makes a BN for a number of channels.
         generator: Source of the random weights; torch's global one by default.
     """
 
+    #: The first of two BNs sees the output of a 1x1 without bias with the padding of the conv
+    #: around it, as the head of this file says: what it sees follows from the input of the block.
+    pads_first = False
+
     def __init__(self, spec: ConvSpec, norm: NormFactory, generator: Generator | None = None):
         super().__init__()
         self.spec = spec
         self.build(norm, generator)
         self.bn = norm(spec.out_channels)
+        self.register_buffer(UNIT, torch.ones(spec.out_channels))
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        if (scale := state_dict.get(f'{prefix}bn.weight')) is not None:
+            state_dict.setdefault(prefix + UNIT, torch.ones_like(scale))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @classmethod
     def misfit(cls, spec: ConvSpec) -> str | None:
         """Why this operation cannot be exact on ``spec``; None if it can."""
         return None
 
+    @classmethod
+    def reach(cls, spec: ConvSpec, grad: Tensor) -> Tensor:
+        """What this operation, before it is there, would feel of the gradient of a conv.
+
+        Args:
+            spec: Geometry of the conv.
+            grad: Gradient (out, in / groups, kh, kw) of its weight.
+
+        Returns:
+            Coordinates (out, n) of the gradient in an orthonormal basis of the kernels that the
+            operation may start with; by default these may be any. The mean square of the
+            coordinates is the expected square of the gradient along a random kernel of norm 1.
+        """
+        return grad.flatten(1)
+
     def build(self, norm: NormFactory, generator: Generator | None) -> None:
         """Make what comes before the last BN."""
 
-    def stages(self) -> list[tuple[Kernel, _BatchNorm]]:
-        """The linear operations in order, each with the BN behind it."""
+    def stages(self) -> list[tuple[Kernel | nn.Module, _BatchNorm]]:
+        """The linear operations in order, each with the BN behind it.
+
+        An operation is a kernel, of which the bias may be None, or a conv. A conv in which a block
+        may grow is better given itself: the block then merges as the branch does.
+        """
         raise NotImplementedError
 
     def kernel(self) -> Kernel:
-        """This branch as one kernel, with the running statistics."""
-        merged = None
-        for operation, bn in self.stages():
+        """This branch as one kernel, as the block adds it, with the statistics that norms keep."""
+        return self.merge()[0]
+
+    def path(self) -> list[Stage]:
+        """This branch as the block adds it, with the statistics that norms keep, not merged."""
+        path = []
+        for part, bn in self.stages():
             check_norm(bn)
-            if merged is not None:
-                operation = chain(merged, operation, self.spec.groups)
-            merged = fold_bn(operation, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
-        return merged
+            unit = self.unit if bn is self.bn else None
+            norm = Norm(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, unit)
+            path.append(_stage_of(part, norm))
+        return path
 
-    def batch_kernel(self, seen: BlockInput) -> Kernel | None:
-        """This branch as one kernel, its norms in the mode they are in.
+    def merge(self, source: Source | None = None) -> tuple[Kernel, bool] | None:
+        """This branch as one kernel, as the block adds it, its norms in the mode they are in.
 
-        They record the statistics of the batch. None where finding these without running the
-        branch would cost more than it saves.
+        Args:
+            source: Of batch statistics; without it all norms use those that they keep.
+
+        Returns:
+            The kernel and True; what comes before the last BN and False, where the source does not
+            know the statistics of that one alone; None where the branch has to run.
         """
-        return None
-
-    def inner_kernel(self, seen: BlockInput) -> Kernel | None:
-        """What comes before the last BN as a kernel of the size of the block; None where that is
-        one operation already, or no kernel in train mode."""
-        return None
+        linear = source is None or all(is_linear(child) for child in self.children())
+        if not linear and not source.composes:
+            return None
+        merged: Kernel | None = None
+        found: list[tuple[_BatchNorm, Statistics]] = []
+        for part, bn in self.stages():
+            check_norm(bn)
+            is_last, is_average = bn is self.bn, isinstance(part, Average)
+            if is_average:  # the scale of a channel may come before it
+                kernel, view = merged or kernel_of(self._copy()), 'pooled'
+            else:
+                operation = kernel_of(part) if linear else _merged(part, source, merged)
+                if operation is None:
+                    return None
+                kernel = chain(merged, operation, self.spec.groups) if merged else operation
+                view = 'output' if is_last else 'padded'
+            seen = None
+            if source is not None and (bn.training or bn.running_mean is None):
+                known = is_last or self.pads_first
+                seen = source.statistics(kernel, view) if known else None
+                if seen is None and not (is_last and merged):
+                    return None
+                if seen is None:
+                    source.found += found
+                    return kernel, False
+                if counts_other_processes(bn):
+                    seen = across(seen, bn.process_group)
+                found.append((bn, seen))
+            merged = fold(kernel, bn, seen, self.unit if is_last else None)
+            if is_average:
+                merged = chain(merged, part, self.spec.groups)
+        if source is not None:
+            source.found += found
+        return merged, True
 
     def multiply_adds(self, size: Pair) -> int:
         """Of the convs of this branch for one map of ``size`` (h, w)."""
         return sum(multiply_adds_of(conv, size) for conv in self.children() if _is_conv(conv))
 
     def _copy(self) -> Kernel:
-        """The 1x1 that changes nothing."""
+        """The 1x1 that changes nothing, without a bias."""
         spec = self.spec
-        return make_kernel(identity_weight(spec.out_channels, spec.groups, self.bn.weight))
+        return Kernel(identity_weight(spec.out_channels, spec.groups, self.bn.weight), None)
 
     @torch.no_grad()
     def assume_white_input(self) -> None:
         """Set the running statistics that white input of unit variance would give."""
-        for operation, bn in self.stages():
+        for part, bn in self.stages():
             bn.reset_running_stats()
-            bn.running_var.copy_(operation.weight.square().sum((1, 2, 3)))
+            bn.running_var.copy_(kernel_of(part).weight.square().sum((1, 2, 3)))
 
 
 def register_branch(name: str) -> Callable[[type[Branch]], type[Branch]]:
@@ -186,6 +274,21 @@ def _is_conv(module: nn.Module) -> bool:
     return hasattr(module, 'kernel_size')
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module``, a part of a branch, is anything but a block that needs a batch."""
+    return getattr(module, 'is_linear', True)
+
+
+def _merged(part: nn.Module | Kernel, source: Source, before: Kernel | None) -> Kernel | None:
+    """The kernel of a part of a branch behind a 1x1 ``before``; None if the source cannot tell
+    it, or if it may be that of a block with the statistics that norms keep."""
+    if is_linear(part) and not isinstance(part, Kernel):
+        return kernel_of(part)
+    if before is None or isinstance(part, Kernel):
+        return None
+    return part.merge(source.behind(before))
+
+
 def _definition(cls: type) -> tuple[str, str]:
     return cls.__module__, cls.__qualname__
 
@@ -220,6 +323,11 @@ def fitting(spec: ConvSpec, names: Sequence[str] | None = None) -> list[str]:
     ]
 
 
+def _inner(weight: Tensor, size: Pair) -> Tensor:
+    """The ``size`` (kh, kw) in the middle of ``weight`` (..., kh, kw)."""
+    return crop(weight, tuple((n - k) // 2 for n, k in zip(weight.shape[-2:], size, strict=True)))
+
+
 class _ConvBranch(Branch):
     """A smaller conv in the middle of the kernel."""
 
@@ -227,6 +335,10 @@ class _ConvBranch(Branch):
     def size(cls, spec: ConvSpec) -> Pair:
         """Kernel size of the conv."""
         raise NotImplementedError
+
+    @classmethod
+    def reach(cls, spec: ConvSpec, grad: Tensor) -> Tensor:
+        return _inner(grad, cls.size(spec)).flatten(1)
 
     def build(self, norm: NormFactory, generator: Generator | None) -> None:
         spec, size = self.spec, self.size(self.spec)
@@ -256,8 +368,8 @@ class _ConvBranch(Branch):
             self.conv, tuple(-((2 * cut - n) // step) for n, cut, step in spans)
         )
 
-    def stages(self) -> list[tuple[Kernel, _BatchNorm]]:
-        return [(kernel_of(self.conv), self.bn)]
+    def stages(self) -> list[tuple[Kernel | nn.Module, _BatchNorm]]:
+        return [(self.conv, self.bn)]
 
 
 @register_branch('1x1')
@@ -268,13 +380,12 @@ class Pointwise(_ConvBranch):
     def size(cls, spec: ConvSpec) -> Pair:
         return (1, 1)
 
-    def batch_kernel(self, seen: BlockInput) -> Kernel:
-        return fold_batch(kernel_of(self.conv), self.bn, seen.centre)
-
 
 @register_branch('1x1-kxk')
 class PointwiseSpatial(Branch):
     """``1x1-kxk``: a 1x1 conv, a BN, then a conv of the full kernel size."""
+
+    pads_first = True
 
     def build(self, norm: NormFactory, generator: Generator | None) -> None:
         spec = self.spec
@@ -291,12 +402,6 @@ class PointwiseSpatial(Branch):
             groups=spec.groups,
         )
 
-    def inner_kernel(self, seen: BlockInput) -> Kernel | None:
-        if not isinstance(self.conv, nn.Conv2d):  # a block that grew in its place
-            return None
-        first = fold_batch(kernel_of(self.pre), self.pre_bn, seen.padded)
-        return chain(first, kernel_of(self.conv), self.spec.groups)
-
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.conv(self.pre_bn(pad(self.pre(x), self.spec.padding))))
 
@@ -304,19 +409,25 @@ class PointwiseSpatial(Branch):
         padded = tuple(n + 2 * p for n, p in zip(size, self.spec.padding, strict=True))
         return multiply_adds_of(self.pre, size) + multiply_adds_of(self.conv, padded)
 
-    def stages(self) -> list[tuple[Kernel, _BatchNorm]]:
-        return [(kernel_of(self.pre), self.pre_bn), (kernel_of(self.conv), self.bn)]
+    def stages(self) -> list[tuple[Kernel | nn.Module, _BatchNorm]]:
+        return [(self.pre, self.pre_bn), (self.conv, self.bn)]
 
 
 @register_branch('1x1-avg')
 class PointwiseAverage(Branch):
     """``1x1-avg``: a 1x1 conv, a BN, then an average pooling; depthwise: the pooling alone."""
 
+    pads_first = True
+
     @classmethod
     def misfit(cls, spec: ConvSpec) -> str | None:
         if spec.dilation != (1, 1):
             return f'an average pooling has no dilation, the conv has {spec.dilation}'
         return None
+
+    @classmethod
+    def reach(cls, spec: ConvSpec, grad: Tensor) -> Tensor:
+        return grad.sum((2, 3)) / math.prod(spec.kernel_size) ** 0.5
 
     def build(self, norm: NormFactory, generator: Generator | None) -> None:
         spec = self.spec
@@ -328,15 +439,6 @@ class PointwiseAverage(Branch):
         )
         self.pre_bn = norm(spec.out_channels)
 
-    def batch_kernel(self, seen: BlockInput) -> Kernel:
-        # A 1x1 and a pooling may change places.
-        spec = self.spec
-        if self.pre is None:
-            kernel = self._copy()
-        else:
-            kernel = fold_batch(kernel_of(self.pre), self.pre_bn, seen.padded)
-        return chain(fold_batch(kernel, self.bn, seen.pooled), self._average(), spec.groups)
-
     def forward(self, x: Tensor) -> Tensor:
         if self.pre is not None:
             x = self.pre(x)
@@ -345,14 +447,12 @@ class PointwiseAverage(Branch):
             x = self.pre_bn(x)
         return self.bn(average_pool(x, self.spec.kernel_size, self.spec.stride))
 
-    def _average(self) -> Kernel:
+    def stages(self) -> list[tuple[Kernel | nn.Module, _BatchNorm]]:
         spec = self.spec
-        return make_kernel(average_weight(spec.out_channels, spec.kernel_size, self.bn.weight))
-
-    def stages(self) -> list[tuple[Kernel, _BatchNorm]]:
-        if self.pre is None:
-            return [(self._average(), self.bn)]
-        return [(kernel_of(self.pre), self.pre_bn), (self._average(), self.bn)]
+        weight = average_weight(spec.out_channels, spec.kernel_size, self.bn.weight)
+        average = Average(weight, None)
+        before = [] if self.pre is None else [(self.pre, self.pre_bn)]
+        return [*before, (average, self.bn)]
 
 
 class _Strip(_ConvBranch):
@@ -393,14 +493,17 @@ class Identity(Branch):
             return f'the stride is {spec.stride}'
         return None
 
+    @classmethod
+    def reach(cls, spec: ConvSpec, grad: Tensor) -> Tensor:
+        narrow = spec.in_channels // spec.groups
+        copies = _inner(grad, (1, 1)).reshape(spec.groups, narrow, narrow)
+        return copies.diagonal(dim1=1, dim2=2).reshape(-1, 1)
+
     def build(self, norm: NormFactory, generator: Generator | None) -> None:
         self.padding, self.crop = self.spec.inset((1, 1))
-
-    def batch_kernel(self, seen: BlockInput) -> Kernel:
-        return fold_batch(self._copy(), self.bn, seen.centre)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(pad(crop(x, self.crop), self.padding))
 
-    def stages(self) -> list[tuple[Kernel, _BatchNorm]]:
+    def stages(self) -> list[tuple[Kernel | nn.Module, _BatchNorm]]:
         return [(self._copy(), self.bn)]

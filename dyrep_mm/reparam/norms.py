@@ -4,14 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dyrep_mm.errors import DyRepError
 
 NormFactory = Callable[[int], _BatchNorm]
+
+#: What the norms of branches normalise with: the statistics of the batch, those that they were
+#: calibrated with, or those of a sample of the batch.
+BRANCH_NORMS = ('batch', 'fixed', 'sampled')
+
+
+def check_branch_norm(branch_norm: Any) -> str:
+    """``branch_norm`` if it is one of :data:`BRANCH_NORMS`, else ``DyRepError``."""
+    if branch_norm not in BRANCH_NORMS:
+        raise DyRepError(
+            f'branch_norm must be one of {", ".join(BRANCH_NORMS)}, got {branch_norm!r}'
+        )
+    return branch_norm
 
 
 _NORMALISE = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
@@ -64,3 +79,14 @@ def statistics_kept(module: nn.Module) -> Iterator[None]:
         for norm, momentum, batches in kept:
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(batches)
+
+
+@torch.no_grad()
+def change_statistics(norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
+    """Give ``norm`` other running statistics, and the scale and shift with which it computes
+    in eval mode what it did."""
+    before, after = (v.add(norm.eps).sqrt() for v in (norm.running_var, var))
+    norm.bias.add_(norm.weight * (mean - norm.running_mean) / before)
+    norm.weight.mul_(after / before)
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(var)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from torch import nn
 
 from dyrep_mm.errors import DyRepError
+from dyrep_mm.reparam.block import Block
 from dyrep_mm.reparam.branches import OPERATIONS, ORIGIN, fitting
 from dyrep_mm.reparam.geometry import ConvSpec
 from dyrep_mm.surgery.copies import in_average
@@ -134,6 +135,8 @@ def obstacle(
     if holders[id(conv.weight)] > 1:
         return 'its weight is shared with another module'
     for ancestor in ancestors(model, path):
+        if isinstance(ancestor, Block):  # it has such methods too, and counts on what is inside
+            continue
         if 'DeformConv' in type(ancestor).__name__:
             return 'it makes the offsets of a deformable conv'
         whole = ancestor is model or any(hasattr(ancestor, name) for name in _OF_NETWORKS)

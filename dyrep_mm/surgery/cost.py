@@ -7,15 +7,16 @@ structure is counted from it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.reparam.block import Block
+from dyrep_mm.reparam.block import Block, has_gained_bias, origin_of
 from dyrep_mm.reparam.branches import multiply_adds_of
-from dyrep_mm.surgery.tree import depth_of, get_module
+from dyrep_mm.surgery.tree import blocks_of, depth_of, get_module
 
 #: By path of a conv, block or linear layer, its calls: how many maps for one image, their height
 #: and width in pixels; for a linear layer how many rows, 1 and 1.
@@ -25,13 +26,17 @@ Sizes = dict[str, list[list[float]]]
 class SizeWatch:
     """Notes the sizes of the maps that convs, linear layers and outermost blocks of ``model`` see.
 
-    It watches from its construction until :meth:`finish`. The first call of a layer says how many
-    images a batch has.
+    It watches from its construction until :meth:`finish`.
+
+    Attributes:
+        images: How many a batch has, by the first call of a layer; None before it.
+        autocast: Whether layers run under autocast.
     """
 
     def __init__(self, model: nn.Module):
         self._calls: dict[str, dict[tuple[int, int], int]] = {}
-        self._images: int | None = None
+        self.images: int | None = None
+        self.autocast = False
         self._handles = [
             module.register_forward_pre_hook(self._noter(path), with_kwargs=True)
             for path, module in model.named_modules()
@@ -48,8 +53,12 @@ class SizeWatch:
             linear = isinstance(module, nn.Linear)
             size = (1, 1) if linear else tuple(x.shape[-2:])
             count = x.numel() // max(x.shape[-1] if linear else x.shape[-3:].numel(), 1)
-            if self._images is None:
-                self._images = max(len(x), 1)
+            if self.images is None:
+                self.images = max(len(x), 1)
+            kind = x.device.type
+            self.autocast |= torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(
+                kind
+            )
             calls = self._calls.setdefault(path, {})
             calls[size] = calls.get(size, 0) + count
 
@@ -60,7 +69,7 @@ class SizeWatch:
         for handle in self._handles:
             handle.remove()
         return {
-            path: [[count / self._images, *size] for size, count in calls.items()]
+            path: [[count / self.images, *size] for size, count in calls.items()]
             for path, calls in self._calls.items()
         }
 
@@ -80,7 +89,7 @@ def are_sizes(value: Any) -> bool:
     )
 
 
-def multiply_adds(model: nn.Module, sizes: Sizes) -> float:
+def multiply_adds(model: nn.Module, sizes: Sizes, *, plain: bool = False) -> float:
     """Multiply-adds of one forward of one image through the convs and linear layers of ``model``.
 
     Every conv of every branch is counted by itself, as in the paper's tables.
@@ -88,6 +97,7 @@ def multiply_adds(model: nn.Module, sizes: Sizes) -> float:
     Args:
         model: In any structure that grew from the one that was watched.
         sizes: From :class:`SizeWatch`. Layers that it did not see count nothing.
+        plain: Count the conv that a block grew from in the place of the block.
     """
     total = 0.0
     for path, calls in sizes.items():
@@ -95,5 +105,39 @@ def multiply_adds(model: nn.Module, sizes: Sizes) -> float:
             module = get_module(model, path)
         except DyRepError:  # from a checkpoint of another head
             continue
+        if plain:
+            module = origin_of(module)
         total += sum(n * multiply_adds_of(module, (int(h), int(w))) for n, h, w in calls)
     return total
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs in training.
+
+    Attributes:
+        parameters: How many it has.
+        multiply_adds: Of one image, see :func:`multiply_adds`; None where sizes are not known.
+    """
+
+    parameters: int
+    multiply_adds: float | None = None
+
+
+def cost_of(model: nn.Module, sizes: Sizes | None) -> Cost:
+    """The cost of ``model`` as it is."""
+    return Cost(
+        sum(parameter.numel() for parameter in model.parameters()),
+        None if sizes is None else multiply_adds(model, sizes),
+    )
+
+
+def plain_cost_of(model: nn.Module, sizes: Sizes | None) -> Cost:
+    """The cost of the plain model that ``model`` grew from."""
+    branches = [branch for block in blocks_of(model).values() for branch in block.added]
+    gained = {id(parameter) for branch in branches for parameter in branch.parameters()}
+    gained |= {id(module.bias) for module in model.modules() if has_gained_bias(module)}
+    return Cost(
+        sum(p.numel() for p in model.parameters() if id(p) not in gained),
+        None if sizes is None else multiply_adds(model, sizes, plain=True),
+    )

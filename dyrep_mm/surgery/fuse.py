@@ -1,112 +1,105 @@
-"""A plain copy of a model with blocks, and the norms that take the biases."""
+"""A plain copy of a model with blocks, or of its weights alone; norms take the biases."""
 
 from __future__ import annotations
 
 import copy
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from dyrep_mm.reparam.block import has_gained_bias, origin_of
 from dyrep_mm.reparam.branches import kernel_of
+from dyrep_mm.surgery.outputs import following_norms
 from dyrep_mm.surgery.structure import altered
-from dyrep_mm.surgery.tree import get_module, modes_kept, replace
+from dyrep_mm.surgery.tree import get_module, replace
 
 
-class _OutputWatch(TorchDispatchMode):
-    """Notes which outputs are used by anything but a norm, views and in-place changes included."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: dict[int, str] = {}  # storage of an output -> path of its module
-        self.kept: list[Tensor] = []  # alive, so that a storage means one output
-        self.elsewhere: set[str] = set()
-        self.in_norm = False
-
-    def note_output(self, path: str, output: Tensor) -> None:
-        self.made[output.untyped_storage().data_ptr()] = path
-        self.kept.append(output)
-
-    def maker(self, value: Any) -> str | None:
-        """Path of the module that made ``value``, if it is a watched tensor."""
-        if not isinstance(value, Tensor):
-            return None
-        return self.made.get(value.untyped_storage().data_ptr())
-
-    def note(self, values: Any) -> None:
-        self.elsewhere.update(p for v in tree_leaves(values) if (p := self.maker(v)) is not None)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not self.in_norm:
-            self.note((args, kwargs))
-        return func(*args, **(kwargs or {}))
-
-
-def following_norms(
+@torch.no_grad()
+def fused_state(
     model: nn.Module,
-    paths: Iterable[str],
-    inputs: Any,
-    forward: Callable[[nn.Module, Any], Any],
-) -> dict[str, list[_BatchNorm]]:
-    """The BNs that take the outputs of the modules at ``paths``, found by watching one forward.
+    norms: Mapping[str, Sequence[str]],
+    state: Mapping[str, Tensor],
+    prefix: str = '',
+) -> tuple[OrderedDict[str, Tensor], list[str]]:
+    """The ``state_dict`` of the plain model, the same function in eval mode; the model is not run
+    and not changed.
 
-    A path is listed if every output of its module goes into BNs that take nothing else, and
-    nowhere but there.
+    Every block is one weight (out, in / groups, kh, kw) again. Its bias (out,) goes into the conv's
+    own, where the plain model has one, else into the norms that follow (``running_mean -= bias``);
+    where none is known the conv gains one. It is computed in float64 on the CPU, and each result
+    rounded once.
+
+    Args:
+        model: With blocks.
+        norms: Paths of the norms that follow, by path, see
+            :class:`dyrep_mm.surgery.outputs.OutputWatch`.
+        state: Values for the tensors of ``model`` by name: its own, or those of an average. A block
+            of which tensors are missing stays as it is.
+        prefix: What the names in ``state`` start with.
+
+    Returns:
+        The state, in which what is the same in both models is the same tensor as in ``state``, and
+        the paths of the convs that gain a bias.
     """
-    uses = _OutputWatch()
-    taken: dict[_BatchNorm, list[str | None]] = defaultdict(list)
-    absorbed: dict[str, set[int]] = defaultdict(set)
+    path_of = {id(module): path for path, module in altered(model).items()}
+    made: dict[str, dict[str, Tensor]] = {}  # by the first of the names that they replace
+    gone: set[str] = set()
+    means: dict[str, Tensor] = {}
+    biased = []
+    for at, module in model.named_modules(remove_duplicate=False):
+        if id(module) not in path_of:
+            continue
+        start = f'{prefix}{at}.' if at else prefix
+        names = [start + name for name in module.state_dict()]
+        if not all(name in state for name in names):
+            continue
+        conv = origin_of(module)
+        weight, bias = kernel_of(_with_values(module, state, start))
+        inner = next(name for name, m in module.named_modules() if m is conv)
+        like = state[start + (f'{inner}.weight' if inner else 'weight')]
+        # A conv that only gained a bias has its weight still.
+        parts = {f'{start}weight': like if module is conv else weight.to(like)}
+        if conv.bias is not None and not has_gained_bias(conv):
+            parts[f'{start}bias'] = bias.to(like)
+        else:
+            follow = [f'{prefix}{n}.running_mean' for n in norms.get(path_of[id(module)], ())]
+            if follow and all(name in state for name in follow):
+                for name in follow:
+                    old = state[name]
+                    means[name] = (old.to('cpu', torch.float64) - bias).to(old)
+            elif bias.any():
+                parts[f'{start}bias'] = bias.to(like)
+                biased.append(at)
+        made[names[0]] = parts
+        gone.update(names)
+    fused: OrderedDict[str, Tensor] = OrderedDict()
+    for name, tensor in state.items():
+        fused.update(made.get(name, {}))
+        if name not in gone:
+            fused[name] = means.get(name, tensor)
+    return fused, biased
 
-    def on_output(path: str) -> Callable:
-        return lambda _module, _args, output: uses.note_output(path, output)
 
-    def before_norm(norm: _BatchNorm, args: tuple) -> None:
-        uses.in_norm = True
-        path = uses.maker(args[0])
-        taken[norm].append(path)
-        if path is not None:
-            absorbed[path].add(args[0].untyped_storage().data_ptr())
+def _with_values(module: nn.Module, state: Mapping[str, Tensor], prefix: str) -> nn.Module:
+    """A shallow copy of ``module`` with the values that ``state`` has for it, in float64."""
 
-    def after_norm(*_: Any) -> None:
-        uses.in_norm = False
+    def exact(name: str, own: Tensor | None) -> Tensor | None:
+        if own is None:
+            return None
+        value = state.get(prefix + name, own).detach().cpu()
+        return value.double() if value.is_floating_point() else value
 
-    sources = {path: get_module(model, path) for path in paths}
-    inside = {id(m) for source in sources.values() for m in source.modules()}
-    handles = [m.register_forward_hook(on_output(path)) for path, m in sources.items()]
-    for norm in model.modules():
-        if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
-            if id(norm) not in inside:
-                handles.append(norm.register_forward_pre_hook(before_norm))
-                handles.append(norm.register_forward_hook(after_norm))
-    try:
-        with modes_kept(model), torch.no_grad():
-            model.eval()
-            with uses:
-                result = forward(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    uses.note(result)
-
-    norms: dict[str, list[_BatchNorm]] = defaultdict(list)
-    unclear = set(uses.elsewhere)
-    for norm, makers in taken.items():
-        if len(set(makers)) > 1:
-            unclear.update(path for path in makers if path is not None)
-        elif makers[0] is not None:
-            norms[makers[0]].append(norm)
-    outputs = Counter(uses.made.values())
-    return {
-        path: found
-        for path, found in norms.items()
-        if path not in unclear and len(absorbed[path]) == outputs[path]
+    twin = copy.copy(module)
+    for table in ('_parameters', '_buffers'):
+        vars(twin)[table] = {name: exact(name, t) for name, t in vars(module)[table].items()}
+    vars(twin)['_modules'] = {
+        name: None if child is None else _with_values(child, state, f'{prefix}{name}.')
+        for name, child in module._modules.items()
     }
+    return twin
 
 
 @torch.no_grad()
@@ -115,6 +108,7 @@ def fuse(
     inputs: Any = None,
     *,
     forward: Callable[[nn.Module, Any], Any] = lambda model, inputs: model(inputs),
+    norms: Mapping[str, Sequence[str]] | None = None,
 ) -> nn.Module:
     """A plain copy of ``model``: every block is one conv again, the same in eval mode.
 
@@ -125,25 +119,29 @@ def fuse(
             model that never grew; without it, or where no BN follows, the bias stays on the
             conv.
         forward: How to call the model with ``inputs``.
+        norms: Paths of the BNs that follow, by path of the conv, where they are known; there is
+            no forward then.
     """
     fused = copy.deepcopy(model)
     parts = altered(fused)
-    norms = {} if inputs is None else following_norms(fused, parts, inputs, forward)
+    if norms is None:
+        norms = {} if inputs is None else following_norms(fused, parts, inputs, forward)
+    tensors = {
+        **dict(fused.named_parameters(remove_duplicate=False)),
+        **dict(fused.named_buffers(remove_duplicate=False)),
+    }
+    state, _ = fused_state(fused, norms, tensors)
     for path, module in parts.items():
-        conv = origin_of(module)
-        had_bias = conv.bias is not None and not has_gained_bias(conv)
-        dtype = conv.weight.dtype
-        # In float64, so that the only rounding is that of the result.
-        weight, bias = kernel_of(module.to(torch.float64))
-        conv.to(dtype).weight.data = weight.to(dtype)
-        if not had_bias:
-            for norm in norms.get(path, ()):
-                norm.running_mean.copy_(norm.running_mean.double() - bias)
-            folded = path in norms or not bias.any()
-            conv.bias = None if folded else nn.Parameter(bias.to(dtype))
-            vars(conv).pop('gained_bias', None)
+        conv, start = origin_of(module), f'{path}.' if path else ''
+        conv.weight.data = state[f'{start}weight'].data
+        bias = state.get(f'{start}bias')
+        if conv.bias is not None and not has_gained_bias(conv):
+            conv.bias.data = bias
         else:
-            conv.bias.data = bias.to(dtype)
+            conv.bias = None if bias is None else nn.Parameter(bias)
+            vars(conv).pop('gained_bias', None)
+        for norm in norms.get(path, ()):
+            get_module(fused, norm).running_mean.copy_(state[f'{norm}.running_mean'])
         if not path:
             return conv
         replace(fused, path, conv)

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.reparam.block import Block, gain_bias, has_gained_bias, lose_bias, origin_of
 from dyrep_mm.reparam.branches import ORIGIN, check_operations
-from dyrep_mm.reparam.norms import norm_like
+from dyrep_mm.reparam.norms import change_statistics, check_branch_norm, norm_like
 from dyrep_mm.surgery.candidates import holders_of, obstacle, preset
 from dyrep_mm.surgery.structure import (
     Plan,
@@ -25,6 +25,7 @@ from dyrep_mm.surgery.structure import (
 )
 from dyrep_mm.surgery.tree import (
     Scope,
+    ancestors,
     any_norm,
     blocks_of,
     check_scope,
@@ -53,6 +54,7 @@ def grow(
     *,
     init_scale: float = INIT_SCALE,
     generator: Generator | None = None,
+    branch_norm: str | None = None,
 ) -> Block:
     """Replace the conv at ``path`` by a block, in place (section 4.1).
 
@@ -68,6 +70,9 @@ def grow(
             default.
         init_scale: Importance of a new branch relative to the conv.
         generator: Source of the random weights; torch's global one by default.
+        branch_norm: What the norms of the branches normalise with in train mode (docs/norms.md):
+            ``'batch'``, ``'fixed'`` or ``'sampled'``; by default as in the block around the conv,
+            else ``'batch'``.
 
     Returns:
         The block now at ``path``.
@@ -77,7 +82,13 @@ def grow(
     """
     if branches is not None and not len(branches):
         raise DyRepError(f'{path} cannot grow: no branch is named')
-    grown = rewire(model, {path: branches}, init_scale=init_scale, generator=lambda _: generator)
+    grown = rewire(
+        model,
+        {path: branches},
+        init_scale=init_scale,
+        generator=lambda _: generator,
+        branch_norm=branch_norm,
+    )
     return grown[path]
 
 
@@ -111,6 +122,7 @@ def expand(
     scope: Scope = None,
     init_scale: float = INIT_SCALE,
     generator: Generator | None = None,
+    branch_norm: str | None = None,
 ) -> nn.Module:
     """Apply a whole Structure, in place; the function in eval mode stays the same.
 
@@ -121,6 +133,7 @@ def expand(
         scope: With a name, dotted prefix, or several, to look in; everywhere by default.
         init_scale: Importance of a new branch relative to its conv.
         generator: Source of the random weights; torch's global one by default.
+        branch_norm: See :func:`grow`.
 
     Returns:
         ``model``.
@@ -133,7 +146,13 @@ def expand(
         structure = preset(model, structure, kernel_sizes, scope)
     with structure_errors():
         missing = absent(model, structure)
-        rewire(model, missing, init_scale=init_scale, generator=lambda _: generator)
+        rewire(
+            model,
+            missing,
+            init_scale=init_scale,
+            generator=lambda _: generator,
+            branch_norm=branch_norm,
+        )
     return model
 
 
@@ -242,6 +261,7 @@ def rewire(
     init_scale: float = INIT_SCALE,
     generator: Callable[[str], Generator | None] = lambda _: None,
     measure: Callable[[Blocks], Mapping[str, str]] = lambda _: {},
+    branch_norm: str | None = None,
 ) -> Blocks:
     """Make blocks in place: insert all of them, measure, settle the inner ones first.
 
@@ -257,6 +277,7 @@ def rewire(
             default.
         measure: Sets the BN statistics and ``origin_std`` of the inserted blocks; by default both
             are those of white input. It returns the blocks that must go, each with the reason.
+        branch_norm: See :func:`grow`.
 
     Returns:
         The blocks that were made and stand, by path.
@@ -264,12 +285,17 @@ def rewire(
     Raises:
         DyRepError: something cannot grow so; the model is then as it was.
     """
+    if branch_norm is not None:
+        check_branch_norm(branch_norm)
     blocks = insert(model, grow, generator)
     refused = list(measure(blocks))
     _put_back(model, blocks, refused, [path for path in grow if path not in blocks])
     standing = {path: b for path, b in blocks.items() if not in_scope(path, refused)}
     for path in reversed(standing):
         standing[path].settle(init_scale)
+    for path, block in standing.items():  # outer ones first
+        around = [m.branch_norm for m in ancestors(model, path) if isinstance(m, Block)]
+        block.set_branch_norm(branch_norm or (around or ['batch'])[-1], block.training)
     return standing
 
 
@@ -299,6 +325,30 @@ def set_recompute(model: nn.Module, recompute: bool) -> None:
     """Say of all blocks of ``model`` whether they compute branch outputs again in the backward."""
     for block in blocks_of(model).values():
         block.recompute = recompute
+
+
+def set_branch_norm(model: nn.Module, branch_norm: str) -> None:
+    """Say what the norms of branches normalise with in train mode, in all blocks of ``model``.
+
+    Norms that were fixed and are not any more have the mode of the norm beside their block.
+
+    Raises:
+        DyRepError: there is no such choice.
+    """
+    check_branch_norm(branch_norm)
+    spare = any_norm(model)
+    for path, block in blocks_of(model).items():
+        beside = near_norm(model, path) or spare or block
+        block.set_branch_norm(branch_norm, beside.training)
+
+
+def adopt_statistics(block: Block, source: Block) -> None:
+    """Give a copy of ``source`` the statistics of its norms; it computes in eval mode what it
+    did."""
+    pairs = zip(block.added_norms, source.added_norms, strict=True)
+    for norm, measured in pairs:
+        change_statistics(norm, measured.running_mean, measured.running_var)
+    block.origin_std.copy_(source.origin_std)
 
 
 def absent(model: nn.Module, structure: Structure) -> Structure:

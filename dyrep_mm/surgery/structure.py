@@ -18,7 +18,13 @@ from torch import Tensor, nn
 
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.reparam.block import Block, has_gained_bias
-from dyrep_mm.reparam.branches import OPERATIONS, ORIGIN, check_operations, known_operations
+from dyrep_mm.reparam.branches import (
+    OPERATIONS,
+    ORIGIN,
+    UNIT,
+    check_operations,
+    known_operations,
+)
 from dyrep_mm.surgery.tree import depth_of
 
 Structure = dict[str, list[str]]
@@ -50,6 +56,9 @@ class Plan:
         scores: Every operation that was scored, by path.
         importances: Eq. 9 for the added branches of every block, by path of the block.
         remark: A sentence on the evidence that the user should read; None if there is none.
+        reasons: For every block that loses branches the numbers that say why, by their names: for
+            the paper's rule ``mean`` and ``spread`` of its importances, and ``threshold``, which
+            the spread is above.
     """
 
     grow: Structure = field(default_factory=dict)
@@ -57,6 +66,7 @@ class Plan:
     scores: dict[str, float] = field(default_factory=dict)
     importances: dict[str, dict[str, float]] = field(default_factory=dict)
     remark: str | None = None
+    reasons: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def structure_of(model: nn.Module) -> Structure:
@@ -113,9 +123,16 @@ def structure_from_names(names: Iterable[str]) -> Structure:
 
 
 def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """What keeps ``state`` from giving each tensor of ``own`` its values, one phrase for each."""
+    """What keeps ``state`` from giving each tensor of ``own`` its values, one phrase for each.
+
+    The unit of a branch may be missing: it is one then.
+    """
     return [
-        *(f'{name} is missing' for name in own if name not in state),
+        *(
+            f'{name} is missing'
+            for name in own
+            if name not in state and name.rpartition('.')[2] != UNIT
+        ),
         *(
             f'{name} has shape {tuple(state[name].shape)} instead of {tuple(tensor.shape)}'
             for name, tensor in own.items()

@@ -117,7 +117,7 @@ def on_synthetic_input(cfg: Config, work_dir: Path) -> None:
         cfg[key] = cfg[key.replace('val', 'test', 1)] = None
     if library == 'mmseg':
         cfg.model.data_preprocessor.size = SIZES[library]
-    if cfg.model.backbone.type.endswith('PlainVGG'):  # up to 110 million parameters
+    if isinstance(cfg.model.backbone.get('arch'), str):  # PlainVGG, up to 110 million parameters
         cfg.model.backbone.base_channels = 16
         cfg.model.head.in_channels //= 4
     for hook in hooks_in(cfg):
@@ -197,6 +197,45 @@ def test_the_table_has_every_config():
     rows = [name for name in CONFIGS if not name.startswith('demo')]
     names = [name.removeprefix('classification/') for name in rows]
     assert not [name for name in names if f'| `{name}` |' not in table]
+
+
+#: Epochs of a training, and the last that may grow by the authors' files.
+ENDS = {90: 70, 120: 100, 200: 100, 600: 500}
+
+
+@pytest.mark.parametrize(
+    'name', [n for n in CONFIGS if '_dyrep' in n and not n.startswith(('demo', 'study'))]
+)
+def test_the_tables_have_the_numbers_of_the_paper(name):
+    cfg = load(name)
+    if name.endswith(('-c_1x_coco.py', '-c_4xb2-40k_cityscapes-512x1024.py')):
+        assert not hooks_in(cfg)  # the plain model, started by a classifier
+        return
+    (hook,) = hooks_in(cfg)
+    assert hook.preset == 'paper'
+    if cfg.train_cfg.get('max_epochs') in ENDS:
+        assert hook.end == ENDS[cfg.train_cfg.max_epochs]
+
+
+ABLATIONS = [name for name in CONFIGS if name.startswith('ablations')]
+
+
+@pytest.mark.parametrize('name', ABLATIONS)
+def test_an_ablation_varies_one_thing(name):
+    """All else is a config of Table 2; Figure 7 trains for 100 epochs."""
+    data = name.rpartition('_')[2]
+    method = 'dbb' if '_dbb' in name else 'dyrep'
+    cfg, base = load(name), load(f'classification/vgg16_{method}_1xb128-600e_{data}')
+    varied = {
+        key
+        for key in cfg.default_hooks.dyrep.keys() | base.default_hooks.dyrep.keys()
+        if cfg.default_hooks.dyrep.get(key) != base.default_hooks.dyrep.get(key)
+    }
+    allowed = {'structure', 'interval', 'init_scale'} if '-fixed' in name else None
+    assert varied == allowed or len(varied) == 1 or ('-first' in name and 'end' in varied)
+    for key in ('model', 'train_dataloader', 'optim_wrapper'):
+        assert cfg[key] == base[key]
+    assert cfg.train_cfg.max_epochs == (100 if '-first' in name else 600)
 
 
 #: Devices x batch and schedule, as OpenMMLab writes them: 8xb32-120e, 4xb2-40k.

@@ -9,7 +9,6 @@ from mmengine.model import BaseAveragedModel, averaged_model
 
 import dyrep_mm
 from dyrep_mm import grow
-from dyrep_mm.engine.checkpoint import load_checkpoint
 from dyrep_mm.engine.runner import refresh_average
 from dyrep_mm.engine.transaction import Transaction
 from dyrep_mm.errors import DyRepError
@@ -17,7 +16,7 @@ from dyrep_mm.reparam.block import Block
 from dyrep_mm.surgery.tree import blocks_of, depth_of
 from support.checks import assert_equal_states
 from support.nets import make_net
-from support.runs import PRUNING, call_at, dyrep, runner
+from support.runs import PRUNING, call_at, dyrep, runner, with_branches
 
 AVERAGES = [
     {'type': 'ExponentialMovingAverage', 'momentum': 0.2},
@@ -199,7 +198,7 @@ def test_swaps_and_saves(tmp_path, buffers):
     call_at(run, after, 'after_val_epoch', 'LOWEST')
     run.train()
     assert len(seen) == 2
-    saved = load_checkpoint(tmp_path / 'iter_8.pth')
+    saved = with_branches(tmp_path / 'iter_8.pth')
     assert_equal_states(saved['state_dict'], averaged(run).module.state_dict())
     own = {k.removeprefix('module.'): v for k, v in saved['ema_state_dict'].items() if k != 'steps'}
     assert_equal_states(own, run.model.state_dict())

@@ -16,7 +16,7 @@ from dyrep_mm.surgery.structure import MAX_DEPTH, structure_of
 from dyrep_mm.surgery.tree import blocks_of
 from support.checks import assert_equal_states
 from support.processes import run_tool
-from support.runs import FAST, PRUNING, TinyClassifier, call_at, runner, updates
+from support.runs import FAST, PRUNING, TinyClassifier, call_at, runner, updates, with_branches
 
 # What other parts of mmengine do with checkpoints
 
@@ -39,7 +39,7 @@ def test_best_checkpoint_and_validation(tmp_path):
     run.train()
     (best,) = tmp_path.glob('best_*.pth')
     for file in (best, tmp_path / 'epoch_3.pth'):
-        saved = load_checkpoint(file)
+        saved = with_branches(file)
         assert blocks_of(run.model)
         tested = runner(tmp_path / file.stem, [dict(PRUNING)], epochs=5, val=1, load_from=str(file))
         metrics = tested.test()
@@ -230,14 +230,18 @@ def test_the_deepest_structure_works(tmp_path):
         ('counts', None, 'counts'),
         ('journal', {}, 'journal'),
         ('journal', [1], 'journal'),
+        ('plain', 3, 'plain'),
+        ('start', {'parameters': 'many'}, 'start'),
+        ('iteration', -1, 'counts'),
+        ('timing', {'steps': 'few'}, 'timing'),
     ],
 )
 def test_record_of_a_stranger(tmp_path, made, place, value, word):
     bad = load_checkpoint(made / 'iter_5.pth')
     if place == 'record':
         bad['meta']['dyrep_mm'] = value
-    elif place == 'journal':
-        bad['meta']['dyrep_mm']['journal'] = value
+    elif place in ('journal', 'plain', 'start', 'iteration', 'timing'):
+        bad['meta']['dyrep_mm'][place] = value
     elif place == 'progress':
         bad['dyrep_mm'] = value
     elif place in ('sums', 'counts'):
@@ -253,7 +257,7 @@ def test_record_of_a_stranger(tmp_path, made, place, value, word):
 
 
 def test_weights_that_are_not_of_the_structure(tmp_path, made):
-    bad = load_checkpoint(made / 'iter_5.pth')
+    bad = with_branches(made / 'iter_5.pth')
     name = next(n for n in bad['state_dict'] if '.branches.' in n and n.endswith('bn.weight'))
     del bad['state_dict'][name]
     torch.save(bad, tmp_path / 'bad.pth')

@@ -14,11 +14,12 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from dyrep_mm import structure_of
+from dyrep_mm.engine.checkpoint import load_checkpoint
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.reparam.block import Block
 from dyrep_mm.surgery.optimizer import check_optimizer
 from dyrep_mm.surgery.tree import get_module
-from support.checks import assert_equal_data, assert_same_run
+from support.checks import assert_equal_data, assert_same, assert_same_run
 from support.runs import (
     PRUNING,
     TinyBackbone,
@@ -27,6 +28,7 @@ from support.runs import (
     dyrep,
     resnet_config,
     runner,
+    with_branches,
 )
 
 # mmpretrain's
@@ -196,7 +198,7 @@ def test_a_structure_and_a_pretrained_backbone_reach_the_copy(tmp_path):
     assert_follows(run, 'target_net.module.0', 'backbone')
     assert len(structure_of(run.model.target_net)) > 10
     file = tmp_path / 'a' / 'iter_3.pth'
-    saved = torch.load(file, weights_only=False)
+    saved = with_branches(file)
     for part in (saved['state_dict'], saved['meta']['dyrep_mm']['structure']):
         for name in [n for n in part if not n.startswith('backbone.')]:
             del part[name]
@@ -300,6 +302,12 @@ def test_copies_made_by_hand_follow(tmp_path, how, batches):
         get_module(run.model, PLACES[how]).parameters(), run.model.encoder.parameters(), strict=True
     )
     assert not all(torch.equal(p, q) for p, q in pairs)
+    # A checkpoint has both fused.
+    plain, state = MomentumClassifier(how), load_checkpoint(tmp_path / 'a/iter_9.pth')['state_dict']
+    plain.load_state_dict(state, strict=True)
+    for path in (PLACES[how], 'encoder'):
+        parts = [get_module(model, path) for model in (plain, run.model)]
+        assert_same(*(features(part, 8) for part in parts), path, scale=10)
     again = runner(
         tmp_path / 'b', [hook], iters=9, model=model,
         load_from=str(tmp_path / 'a' / 'iter_5.pth'), resume=True,

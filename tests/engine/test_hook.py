@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 
 import pytest
@@ -18,15 +19,16 @@ from dyrep_mm.evolution.record import Record
 from dyrep_mm.surgery.optimizer import check_optimizer
 from dyrep_mm.surgery.tree import blocks_of
 from support.checks import assert_equal_states
-from support.runs import PRUNING, dyrep, resnet_config, resnet_runner, runner, updates
+from support.runs import PRUNING, call_at, dyrep, resnet_config, resnet_runner, runner, updates
 
 HOOK = {**PRUNING, 'interval': 3}
+INNER = 'backbone.conv2.branches.1x1-kxk.conv'
 
 NAN, INF = float('nan'), float('inf')
-FLAGS = ('prune', 'recompute', 'stop_on_invalid_loss', 'by_epoch')
+FLAGS = ('prune', 'prune_relative', 'recompute', 'stop_on_invalid_loss', 'by_epoch', 'compensate')
 COUNTS = ('interval', 'end', 'grow_per_update', 'calibration_batches', 'max_depth')
-NUMBERS = ('init_scale', 'prune_threshold')
-OPTIONS = (*FLAGS, *COUNTS, *NUMBERS, 'scope', 'metric', 'branches', 'structure', 'seed')
+NUMBERS = ('init_scale', 'prune_threshold', 'prune_below', 'max_cost')
+OPTIONS = (*FLAGS, *COUNTS, *NUMBERS, 'scope', 'metric', 'branches', 'structure', 'seed', 'preset')
 
 
 def state_of(run) -> dict[str, torch.Tensor]:
@@ -261,6 +263,9 @@ def test_test_uses_the_structure(tmp_path):
         ({'init_scale': float('nan')}, 'init_scale'),
         ({'prune_threshold': -0.1}, 'prune_threshold'),
         ({'end': -1}, 'end'),
+        ({'max_cost': 1}, 'above 1'),
+        *(({'preset': value}, "preset must be 'paper'") for value in ('Paper', 'official', 5, [])),
+        ({'compensate': False}, 'set structure'),
         *(({name: NAN}, name) for name in OPTIONS),
         *(({name: object()}, name) for name in OPTIONS),
         *(({name: ()}, name) for name in OPTIONS),
@@ -274,7 +279,8 @@ def test_test_uses_the_structure(tmp_path):
         *(({'structure': value}, 'structure') for value in (5, True, [], ['dbb'], '', b'dbb')),
         ({'structure': {'backbone.conv1': 'kxk'}}, 'structure'),
         ({'structure': {'backbone.conv1': ['kxk', 'nonsense']}}, 'nonsense'),
-        *(({'branches': value}, 'branches') for value in ([], ['kxk'], ['kxk', 'kxk'], 5, [5])),
+        *(({'branches': value}, 'branches') for value in ([], ['kxk'], ['kxk', 'kxk'], 1.5, [5])),
+        *(({'branches': value}, 'branches') for value in (0, -1, True, 'most')),
         *(({'metric': value}, 'metric') for value in (None, 5, ['snip'], {'snip': 1}, '')),
         ({'by_epoch': 'iteration'}, 'by_epoch'),
     ],
@@ -283,6 +289,49 @@ def test_options_without_meaning(options, word):
     with pytest.raises(DyRepError, match=word) as error:
         DyRepHook(**options)
     assert '\n' not in str(error.value)
+
+
+PAPER = {
+    'metric': 'synflow',
+    'grow_per_update': 1,
+    'branches': ['kxk', '1x1', '1x1-kxk', '1x1-avg', '1xk', 'kx1', 'identity'],
+    'init_scale': 0.01,
+    'calibration_batches': 20,
+    'prune_threshold': 0.02,
+    'prune_relative': False,
+    'prune_below': None,
+    'max_cost': None,
+    'max_depth': 2,
+}
+
+
+def test_the_preset_is_the_paper():
+    assert {name: getattr(DyRepHook(preset='paper'), name) for name in PAPER} == PAPER
+
+
+@pytest.mark.parametrize(
+    ('args', 'options'),
+    [
+        ((), {'metric': 'snip', 'branches': ['1x1'], 'prune_threshold': 0.5, 'max_depth': 1}),
+        ((), {'metric': 'snip', 'prune_below': 0.1, 'max_cost': 1.2}),
+        ((3, True, 9, 'backbone', 'random'), {'init_scale': 1.0}),
+    ],
+)
+def test_options_beside_the_preset_override_it(args, options):
+    hook = DyRepHook(*args, **options, preset='paper')
+    expected = PAPER | ({'metric': 'random'} if args else {}) | options
+    assert {name: getattr(hook, name) for name in PAPER} == expected
+    assert hook.schedule.interval == (args[0] if args else ...)
+
+
+def test_the_preset_leaves_pruning_off():
+    assert DyRepHook(preset='paper', prune=False).prune_threshold is None
+
+
+def test_a_config_sees_the_options_of_the_hook():
+    assert 'preset' in inspect.signature(DyRepHook).parameters
+    with pytest.raises(TypeError, match='intervall'):
+        DyRepHook(preset='paper', intervall=3)
 
 
 def test_the_name_of_an_option_without_a_class(tmp_path):
@@ -305,6 +354,7 @@ def test_a_structure_of_the_wrong_type_is_told_the_names():
         {'seed': -1},
         {'init_scale': 0},
         {'prune_threshold': 1},
+        {'prune_relative': True, 'prune_threshold': 0.5, 'prune_below': 0.1},
         {'calibration_batches': 0, 'grow_per_update': 0, 'end': 0},
         {'interval': None, 'by_epoch': None},
     ],
@@ -454,3 +504,44 @@ def test_activation_checkpointing_of_mmengine_goes_on_working(tmp_path):
     assert len(blocks_of(run.model)) == 2
     for parameter in run.model.parameters():
         assert parameter.isfinite().all()
+
+
+# A start that does not compensate
+
+
+def test_convs_may_keep_their_kernels_at_the_start(tmp_path):
+    """Of the model and of its average; the branches are the same either way."""
+    start = {
+        'backbone.conv2': ['kxk', '1x1', '1x1-kxk', 'identity'],
+        INNER: ['kxk', '1x1', '1x1-avg'],
+    }
+
+    def started(name, **options):
+        hook = {**HOOK, 'interval': None, 'structure': start, 'init_scale': 1.0, **options}
+        run = runner(tmp_path / name, [hook, {'type': 'EMAHook'}], iters=1)
+        seen = {}
+
+        def look(run):
+            averaged = next(h for h in run.hooks if hasattr(h, 'ema_model')).ema_model.module
+            seen.update(model=state_of(run), average=dict(averaged.state_dict()))
+            seen['average'] = {k: v.clone() for k, v in seen['average'].items()}
+
+        call_at(run, look, 'before_train')
+        run.train()
+        return seen
+
+    plain = started('plain', structure=None)['model']
+    kept, taken = started('kept', compensate=False), started('taken')
+    assert_equal_states(kept['model'], kept['average'])
+    assert kept['model'].keys() == taken['model'].keys()
+    origins = {
+        'backbone.conv2.branches.kxk.weight': 'backbone.conv2.weight',
+        f'{INNER}.branches.kxk.weight': None,
+    }
+    for name, value in kept['model'].items():
+        if name not in origins:
+            assert torch.equal(value, taken['model'][name])
+            continue
+        assert (value - taken['model'][name]).abs().max() > 1e-2
+        if origins[name]:
+            torch.testing.assert_close(value, plain[origins[name]], rtol=0, atol=1e-6)

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from dyrep_mm.engine.checkpoint import is_whole, latest_checkpoint, load_checkpoint
-from support.checks import assert_equal_data
+from dyrep_mm.engine.stock import BRANCHES
+from support.checks import assert_equal_data, without_times
 from support.processes import start_worker
 
 KILLS = int(os.environ.get('DYREP_KILLS', '20'))
@@ -50,8 +51,9 @@ def kill(process: subprocess.Popen) -> bool:
 def content(path: Path) -> dict:
     """Weights, averages, optimizer, structure, journal and scores of a checkpoint."""
     saved = load_checkpoint(path)
-    kept = ('state_dict', 'ema_state_dict', 'optimizer', 'param_schedulers', 'dyrep_mm')
-    meta = {key: saved['meta'][key] for key in ('epoch', 'iter', 'dyrep_mm')}
+    kept = ('state_dict', 'ema_state_dict', 'optimizer', 'param_schedulers', 'dyrep_mm', BRANCHES)
+    meta = {key: saved['meta'][key] for key in ('epoch', 'iter', 'dyrep_mm', BRANCHES)}
+    meta = without_times(meta)
     return {'meta': meta, **{key: saved[key] for key in kept if key in saved}}
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.hooks import EMAHook
-from test_resume import write_config
 from torch import nn
 
 from dyrep_mm import expand, grow, prune, structure_of
@@ -31,7 +30,17 @@ from dyrep_mm.surgery.rewire import restore
 from support.checks import assert_equal_states, assert_same
 from support.nets import output_of, randomise
 from support.processes import run_tool
-from support.runs import FAST, PRUNING, TinyClassifier, call_at, dyrep, runner, updates
+from support.runs import (
+    FAST,
+    PRUNING,
+    TinyClassifier,
+    call_at,
+    dyrep,
+    runner,
+    updates,
+    with_branches,
+    write_config,
+)
 
 KEEP = {'type': 'dyrep_mm.DyRepHook', 'interval': None}
 
@@ -148,7 +157,7 @@ def test_branches_of_other_projects_are_no_blocks():
 
 def test_a_record_that_is_not_of_the_weights(tmp_path, made):
     """In either direction, and neither is believed."""
-    saved = load_checkpoint(made / 'iter_5.pth')
+    saved = with_branches(made / 'iter_5.pth')
     own = saved['meta']['dyrep_mm']['structure']
     more = {**own, 'backbone.dw.branches.kxk': ['kxk', '1x1']}
     for said in ({}, more, {path: names[:-1] for path, names in own.items()}):
@@ -169,7 +178,7 @@ def test_best_checkpoint_after_training(tmp_path):
     optimizer = run.optim_wrapper.optimizer
     for epoch in (2, 5, 1, 4):
         file = tmp_path / f'epoch_{epoch}.pth'
-        saved = load_checkpoint(file)
+        saved = with_branches(file)
         run.load_checkpoint(str(file))
         assert structure_of(run.model) == saved['meta']['dyrep_mm']['structure']
         assert_equal_states(run.model.state_dict(), saved['state_dict'])

@@ -71,6 +71,14 @@ def assert_expected(model: torch.nn.Module, logits: list[list[float]]) -> None:
     assert ((actual - then).abs().max() / then.abs().max()).item() < 1e-5
 
 
+def assert_holds(model: torch.nn.Module, weights: dict) -> None:
+    """The model has the weights of a file; what version 0.1.0 did not have is 1."""
+    state = model.state_dict()
+    new = {name: state.pop(name) for name in state.keys() - weights.keys()}
+    assert_equal_states(state, weights)
+    assert all(name.endswith('.unit') and (unit == 1).all() for name, unit in new.items())
+
+
 def test_every_file_is_tested():
     files = {f'{file.parent.name}/{file.stem}' for file in DATA.glob('*/*.pth')}
     assert files == EXPECTED.keys()
@@ -90,9 +98,9 @@ def test_resumes(tmp_path, name):
         # An average is saved as the model, and the model beside it.
         own = saved.get('ema_state_dict', saved['state_dict'])
         own = {key.removeprefix('module.'): own[key] for key in own if key != 'steps'}
-        assert_equal_states(run.model.state_dict(), own)
+        assert_holds(run.model, own)
         for average in (h.ema_model for h in run.hooks if isinstance(h, EMAHook)):
-            assert_equal_states(average.module.state_dict(), saved['state_dict'])
+            assert_holds(average.module, saved['state_dict'])
         state = run.optim_wrapper.optimizer.state
         momentum = {
             key: state[p]['momentum_buffer'].double().abs().sum().item()
@@ -131,7 +139,7 @@ def test_starts_a_new_run(tmp_path, name, config_of):
     def check(run: Runner) -> None:
         begun.append(run.iter)
         assert structure_of(run.model) == EXPECTED[name]['structure']
-        assert_equal_states(run.model.state_dict(), saved['state_dict'])
+        assert_holds(run.model, saved['state_dict'])
 
     call_at(run, check, 'before_train')
     run.train()

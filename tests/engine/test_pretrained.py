@@ -25,7 +25,7 @@ from dyrep_mm.surgery.structure import structure_of
 from dyrep_mm.surgery.tree import blocks_of
 from support.checks import assert_same
 from support.nets import output_of, randomise
-from support.runs import resnet_config, resnet_runner
+from support.runs import resnet_config, resnet_runner, with_branches
 
 SMALL = {'depth': 18, 'stem_channels': 8, 'base_channels': 8}
 STRUCTURE = {
@@ -209,7 +209,7 @@ def test_without_the_hook_the_first_forward_says_so(tmp_path):
 )
 def test_says_what_does_not_fit(tmp_path, damage, words):
     _, checkpoint = classifier(tmp_path)
-    saved = load_checkpoint(checkpoint)
+    saved = with_branches(checkpoint)
     kind = {'type': 'ResNet'}
     if damage in ('plain', 'deeper'):
         plain = ClsResNet(**SMALL).state_dict()

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from mmengine.config import Config
+import torch
 
 from dyrep_mm.engine.checkpoint import load_checkpoint
 from dyrep_mm.surgery.structure import structure_of
 from support.checks import assert_equal_states, assert_same_run
 from support.processes import run_tool
-from support.runs import FAST, PRUNING, call_at, dyrep, journal, runner, settings, updates
+from support.runs import (
+    FAST,
+    PRUNING,
+    call_at,
+    dyrep,
+    journal,
+    runner,
+    updates,
+    with_branches,
+    write_config,
+)
 
 
 @pytest.mark.parametrize('at', range(1, 9))
@@ -87,7 +95,7 @@ def test_loaded_not_resumed(tmp_path, made, file, start):
     run = runner(tmp_path, [hook], iters=5, load_from=str(made / file))
     seen = []
     call_at(run, lambda run: seen.append(structure_of(run.model)), 'before_train')
-    weights = load_checkpoint(made / file)
+    weights = with_branches(made / file)
     structure = weights['meta'].get('dyrep_mm', {}).get('structure')
     if structure is not None:
         call_at(
@@ -137,22 +145,22 @@ def test_end_with_updates_that_wait(tmp_path):
 # The command line
 
 
-def write_config(path: Path, hooks: list[dict] | None, **more) -> Path:
-    arguments = settings(path.parent / path.stem, hooks, **{'iters': 9, **more})
-    arguments = {k: v for k, v in arguments.items() if v is not None}
-    Config({**arguments, 'custom_imports': {'imports': ['support.runs']}}).dump(path)
-    return path
-
-
-def test_a_config_without_the_hook_is_told(tmp_path, made):
-    """By our tools; mmengine's own runner only warns of unknown names."""
+def test_a_config_without_the_hook(tmp_path, made):
+    """It cannot go on with the branches, and our tools say so; it can start from the weights. What
+    has its branches among its weights, as a bare `state_dict`, it cannot take at all."""
     plain = write_config(tmp_path / 'plain.py', None)
-    file = made / 'iter_5.pth'
-    for flags in (('--resume', file), ('--cfg-options', f'load_from={file}')):
+    file, bare = made / 'iter_5.pth', tmp_path / 'bare.pth'
+    torch.save({'state_dict': with_branches(file)['state_dict']}, bare)
+    for flags in (('--resume', file), ('--cfg-options', f'load_from={bare}')):
         said = run_tool('train', plain, '--work-dir', tmp_path / 'out', *flags, code=1)
         assert 'no DyRepHook to rebuild it' in said.splitlines()[-1]
         assert 'Traceback' not in said
     assert not (tmp_path / 'out').exists()
+    flags = '--work-dir', tmp_path / 'out', '--cfg-options', f'load_from={file}', 'log_level=INFO'
+    said = run_tool('train', plain, *flags)
+    assert 'unexpected key' not in said
+    assert 'missing keys' not in said
+    assert (tmp_path / 'out/iter_9.pth').exists()
 
 
 def test_resume_auto_after_a_kill(tmp_path, made):

@@ -182,7 +182,8 @@ def test_settle_keeps_the_function(geometry, names):
         block.settle(0.01)
         assert_same(block.eval()(x), before)
         for branch in block.added:
-            assert_same(branch.bn.weight, block.origin_std * 0.01)
+            assert torch.equal(branch.unit, block.origin_std)
+            assert (branch.bn.weight == 0.01).all()
             assert not branch.kernel().bias.any()
             assert branch.kernel().weight.any()
     for value in block.importances().values():

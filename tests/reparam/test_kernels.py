@@ -7,12 +7,15 @@ from torch import nn
 
 from dyrep_mm.reparam.kernels import (
     Kernel,
+    Norm,
+    Stage,
     add,
     average_weight,
     chain,
     fold_bn,
     identity_weight,
     make_kernel,
+    merge,
 )
 from support.checks import assert_same
 from support.nets import image, randomise
@@ -129,6 +132,66 @@ def test_everything_is_differentiable():
     shapes = [(4, 1, 1, 1), (4,), (4, 2, 3, 3), (4,), (4,), (4,)]
     inputs = [torch.randn(shape).double().requires_grad_() for shape in shapes]
     assert torch.autograd.gradcheck(merged, inputs)
+
+
+@pytest.mark.parametrize('groups', [1, 2])
+@pytest.mark.parametrize('eps', [(0.1, 0.1), (0.1, 0.2)])
+def test_merge_is_the_sum_of_its_paths(groups, eps):
+    """And of one, two and three stages, with norms, biases and units or without."""
+
+    def norm(channels, eps, affine=True, unit=True):
+        mean, var, gamma, beta, factor = torch.rand(5, channels, dtype=torch.float64) + 0.5
+        gamma, beta = (gamma, beta) if affine else (None, None)
+        return Norm(mean, var, gamma, beta, eps, factor if unit else None)
+
+    def fold(kernel, norm):
+        return fold_bn(kernel, *norm)
+
+    narrow = 4 // groups
+    point, middle, strip, full = (
+        random_kernel(out, narrow, *size)
+        for out, size in ((4, (1, 1)), (4, (1, 1)), (6, (1, 3)), (6, (3, 3)))
+    )
+    norms = [norm(4, eps[0], unit=False), norm(4, eps[1], affine=False), norm(6, eps[0])]
+    merged = merge(
+        [
+            [Stage(*full)],
+            [Stage(strip.weight, None, norms[2])],
+            [Stage(*point, norms[0]), Stage(*full, norms[2])],
+            [Stage(*point, norms[0]), Stage(*middle, norms[1]), Stage(*strip)],
+        ],
+        (3, 3),
+        groups,
+    )
+    expected = add(
+        [
+            full,
+            fold(make_kernel(strip.weight), norms[2]),
+            fold(chain(fold(point, norms[0]), full, groups), norms[2]),
+            chain(fold(chain(fold(point, norms[0]), middle, groups), norms[1]), strip, groups),
+        ],
+        (3, 3),
+    )
+    for one, other in zip(merged, expected, strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize('second', [(4, 2, 3, 3), (4, 1, 3, 3), (4, 2, 1, 1)])
+def test_the_gradients_of_a_merge_leave_its_tensors_alone(second):
+    """They are computed in place, also where a kernel is its own matrix."""
+    groups = 4 // second[1] if second[1] > 1 else 4
+    first = torch.randn(4, 4 // groups, 1, 1).double()
+    tensors = [first, torch.rand(4).double(), torch.randn(second).double()]
+    tensors += torch.rand(5, 4).double().unbind()
+    before = [tensor.clone() for tensor in tensors]
+    for tensor in tensors:
+        tensor.requires_grad_()
+    point, shift, weight, *norm, unit = tensors
+    path = [Stage(point, shift), Stage(weight, None, Norm(*norm, 0.1, unit))]
+    for out in merge([path], (3, 3), groups):
+        out.sum().backward(retain_graph=True)
+    for one, other in zip(tensors, before, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])

@@ -54,6 +54,13 @@ def assert_equal_data(expected: Any, actual: Any, path: str = '') -> int:
     return sum(assert_equal_data(first, second, name) for name, first, second in pairs)
 
 
+def without_times(data: Any) -> Any:
+    """``data`` without what a clock measured, which no two runs have in common."""
+    if isinstance(data, dict):
+        return {key: without_times(value) for key, value in data.items() if key != 'timing'}
+    return [without_times(value) for value in data] if isinstance(data, list) else data
+
+
 def assert_untouched(
     model: nn.Module, state: dict[str, Tensor], types: dict[str, type], skip: Iterable[str] = ()
 ) -> None:

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dyrep_mm import grow, prune
 from dyrep_mm.reparam.block import Block
-from dyrep_mm.reparam.branches import BRANCHES
+from dyrep_mm.reparam.branches import BRANCHES, ORIGIN
 
 
 def norms_of(model: nn.Module) -> list[_BatchNorm]:
@@ -145,4 +145,5 @@ def make_block(conv: nn.Conv2d | None = None, names: list[str] | None = None) ->
 
 def branchwise(block: Block, x: Tensor) -> Tensor:
     """The sum of what the branches put out, each computed by itself."""
-    return sum(branch(x) for branch in block.branches.values())
+    added = (branch(x) * branch.unit.view(-1, 1, 1) for branch in block.added)
+    return sum(added, block.branches[ORIGIN](x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -23,6 +24,9 @@ from dyrep_mm.engine.runner import unwrap
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.surgery.candidates import left_alone
 from dyrep_mm.surgery.optimizer import check_optimizer
+from dyrep_mm.surgery.tree import blocks_of
+from support.checks import without_times
+from support.nets import randomise
 from support.runs import PRUNING, TinyBackbone, TinyClassifier, call_at, dyrep, runner
 
 WRAPPER = {
@@ -92,7 +96,7 @@ def train(folder: Path, hooks: list[dict] | None = None, **more) -> dict:
 def finish(report: dict) -> dict:
     report.pop('call')()
     journal = dyrep(report.pop('run')).journal
-    return {**report, 'journal': [asdict(entry) for entry in journal]}
+    return {**report, 'journal': without_times([asdict(entry) for entry in journal])}
 
 
 def case_average(folder: Path, rank: int) -> dict:
@@ -135,6 +139,21 @@ def case_scores(folder: Path, rank: int) -> dict:
             }
 
     rule.watch = watch_and_disagree
+    return finish(report)
+
+
+def case_losses(folder: Path, rank: int) -> dict:
+    """A score that draws batches of its own, each rank others."""
+    report = train(folder, [{**PRUNING, 'metric': 'grasp'}])
+    rule, report['scores'] = dyrep(report['run']).rule, []
+    decide = rule.decide
+
+    def decide_and_tell(model, generator):
+        plan = decide(model, generator)
+        report['scores'].append(plan.scores)
+        return plan
+
+    rule.decide = decide_and_tell
     return finish(report)
 
 
@@ -208,6 +227,47 @@ def case_uneven(folder: Path, rank: int) -> dict:
 def case_accumulate(folder: Path, rank: int) -> dict:
     wrapper = {'optimizer': {'type': 'SGD', 'lr': 0.05}, 'accumulative_counts': 2}
     return finish(train(folder, optim_wrapper=wrapper, iters=10))
+
+
+def case_fixed(folder: Path, rank: int) -> dict:
+    """Norms with fixed statistics, which are measured again at every update."""
+    hook = {**PRUNING, 'metric': 'snip', 'branch_norm': 'fixed'}
+    report = train(folder, [hook, {'type': 'EMAHook', 'momentum': 0.2}])
+    model = unwrap(report['run'].model)
+    report = finish(report)
+    norms = [n for block in blocks_of(model).values() for n in block.added_norms]
+    report['statistics'] = digest(*(dict(norm.named_buffers()) for norm in norms))
+    return report
+
+
+def case_sampled(folder: Path, rank: int) -> dict:
+    """Half of a batch in each process and synchronised norms, against all of it in one: how far
+    outputs, gradients and statistics are apart, relative to the largest."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(4, 4, 3, padding=1, bias=False), torch.nn.BatchNorm2d(4)
+    ).double()
+    block = dyrep_mm.grow(model, '0', branch_norm='sampled')
+    randomise(model)
+    x = torch.randn(4, 4, 6, 7, dtype=torch.float64)
+    split = torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(block))
+    results = []
+    for module, images in ((block, x), (split, x[2 * rank :][:2])):
+        leaf = images.clone().requires_grad_()
+        out = module(leaf)
+        out.sin().sum().backward()
+        grads = [parameter.grad for parameter in module.parameters()]
+        buffers = [buffer.double() for buffer in module.buffers()]
+        maps = [out.detach(), leaf.grad]
+        if module is split:
+            for grad in grads:
+                dist.all_reduce(grad)
+        else:
+            maps = [whole[2 * rank :][:2] for whole in maps]
+        results.append([*maps, *grads, *buffers])
+    pairs = list(zip(*results, strict=True))
+    size = max(one.abs().max() for one, _ in pairs)
+    return {'apart': max(((a - b).abs().max() / size).item() for a, b in pairs)}
 
 
 def spoil(run, rank: int, at: int) -> None:

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 
 from dyrep_mm import DyRepHook
 from dyrep_mm.engine.checkpoint import load_checkpoint
+from dyrep_mm.engine.stock import from_stock
 from dyrep_mm.evolution.record import Entry, Record
 from dyrep_mm.surgery.candidates import candidates
 from dyrep_mm.surgery.structure import Plan
@@ -333,6 +334,11 @@ def call_at(run: Runner, call: Callable[[Runner], Any], *moment: str) -> None:
     run.register_hook(hook, hook.priority)
 
 
+def with_branches(file: Path) -> dict[str, Any]:
+    """A checkpoint, with the weights of the model that trained in ``state_dict``."""
+    return from_stock(load_checkpoint(file))
+
+
 def journal(file: Path) -> list[Entry]:
     """The updates that a checkpoint tells of."""
     return Record.from_checkpoint(load_checkpoint(file)).journal
@@ -343,3 +349,11 @@ def updates(file: Path, unit: str = 'iteration') -> list[int]:
     entries = journal(file)
     assert {entry.unit for entry in entries} <= {unit}
     return [entry.at for entry in entries]
+
+
+def write_config(path: Path, hooks: list[dict] | None, **more) -> Path:
+    """A config file of a run with ``hooks`` and changed ``settings``."""
+    arguments = settings(path.parent / path.stem, hooks, **{'iters': 9, **more})
+    arguments = {k: v for k, v in arguments.items() if v is not None}
+    Config({**arguments, 'custom_imports': {'imports': ['support.runs']}}).dump(path)
+    return path

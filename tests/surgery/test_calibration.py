@@ -90,7 +90,8 @@ def test_importance_is_relative_to_the_output():
         reference = block.branches['kxk'](data[0]).std((0, 2, 3))
         for name, branch in block.branches.items():
             if name != 'kxk':
-                ratio = (branch.train()(data[0]).std((0, 2, 3)) / reference).mean()
+                added = branch.unit.view(-1, 1, 1) * branch.train()(data[0])
+                ratio = (added.std((0, 2, 3)) / reference).mean()
                 assert ratio == pytest.approx(0.01, rel=0.1), name
 
 
@@ -98,7 +99,7 @@ def statistics(block):
     return {
         name: buffer.clone()
         for name, buffer in block.named_buffers()
-        if 'kxk.' not in name.replace('1x1-kxk', '')
+        if 'kxk.' not in name.replace('1x1-kxk', '') and not name.endswith('.unit')
     }
 
 
@@ -157,7 +158,7 @@ def test_nothing_but_the_measured_changes():
     model = make_net()
     block = insert(model, {'conv1': None})['conv1']
     state = snapshot(model)
-    names = {f'conv1.{name}' for name, _ in block.named_buffers()}
+    names = {f'conv1.{name}' for name in statistics(block)}
     calibrate(model, blocks_of(model), batches(), model)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name]) == (name not in names), name

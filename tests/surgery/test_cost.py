@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dyrep_mm import expand, grow
-from dyrep_mm.surgery.cost import SizeWatch, are_sizes, multiply_adds
+from dyrep_mm.surgery.cost import SizeWatch, are_sizes, cost_of, multiply_adds, plain_cost_of
 from support.nets import image, make_net
 
 INNER = 'conv1.branches.1x1-kxk.conv'
@@ -90,3 +90,24 @@ def test_nothing_is_left_on_the_model():
 def test_other_data_are_no_sizes(value):
     assert are_sizes(sizes_of(make_net(), image()))
     assert not are_sizes(value)
+
+
+@pytest.mark.parametrize('names', ['dbb', 'nested', 'biased'])
+def test_plain_cost(names):
+    """That of the model before it grew, from the grown one: branches, blocks in them and gained
+    biases are left out."""
+    model, x = make_net(), image(2, 3, 13, 14)
+    sizes = sizes_of(model, x)
+    before = cost_of(model, sizes)
+    assert before == plain_cost_of(model, sizes)
+    assert before.multiply_adds == counted(model, x)
+    if names == 'nested':
+        for path in ('conv1', INNER, f'{INNER}.branches.kx1.conv', 'conv1.branches.kxk', 'dw'):
+            grow(model, path)
+    else:
+        expand(model, {'conv1': []} if names == 'biased' else names)
+    if names != 'biased':
+        assert cost_of(model, sizes).multiply_adds > before.multiply_adds
+    assert cost_of(model, sizes).parameters > before.parameters
+    assert plain_cost_of(model, sizes) == before
+    assert plain_cost_of(model, None).multiply_adds is None

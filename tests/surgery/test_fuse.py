@@ -7,6 +7,9 @@ import torch
 from torch import nn
 
 from dyrep_mm import expand, fuse, grow, prune, structure_of
+from dyrep_mm.surgery.fuse import fused_state
+from dyrep_mm.surgery.outputs import OutputWatch, following_norms, watch_training
+from dyrep_mm.surgery.structure import altered
 from dyrep_mm.surgery.tree import get_module
 from support.checks import assert_same, assert_untouched
 from support.nets import image, make_net, make_pair, nest, output_of, randomise, snapshot, types_of
@@ -224,3 +227,96 @@ def test_fuse_of_a_model_that_is_a_block():
     fused = fuse(block)
     assert type(fused) is nn.Conv2d
     assert_same(output_of(fused, x), output_of(block, x))
+
+
+# The weights alone
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+@pytest.mark.parametrize('build', [lambda m: m, lambda m: expand(m, 'dbb7'), nest])
+def test_fused_state_of_other_weights(build, prefix):
+    """Of an average, say: the function of a model that has them, and the model is not touched."""
+    model, x = randomise(build(make_net())), image()
+    other = randomise(copy.deepcopy(model))
+    before = whole(model)
+    norms = following_norms(model, altered(model), x, lambda model, x: model(x))
+    state = {prefix + name: tensor for name, tensor in other.state_dict().items()}
+    steps = torch.ones(())
+    fused, biased = fused_state(model, norms, {'steps': steps, **state}, prefix)
+    assert not biased
+    assert fused.pop('steps') is steps
+    plain = make_net()
+    assert [prefix + name for name in plain.state_dict()] == list(fused)
+    plain.load_state_dict({k.removeprefix(prefix): v for k, v in fused.items()}, strict=True)
+    assert_same(output_of(plain, x), output_of(other, x))
+    assert_untouched(model, *before[:2])
+    # What is the same in both models is the same tensor.
+    for name, tensor in fused.items():
+        if name in state and not name.endswith('running_mean'):
+            assert tensor is state[name]
+
+
+def test_fused_state_of_a_conv_that_gained_a_bias():
+    model, x = make_pair(), image(2, 4, 8, 8)
+    block = grow(model, '0')
+    randomise(model)
+    prune(model, '0', block.names[1:])
+    state = model.state_dict()
+    fused, biased = fused_state(model, {'0': ['1']}, state)
+    assert not biased
+    assert fused['0.weight'] is state['0.weight']
+    plain = make_pair()
+    plain.load_state_dict(fused, strict=True)
+    assert_same(output_of(plain, x), output_of(model, x))
+    kept, biased = fused_state(model, {}, state)
+    assert biased == ['0']
+    assert torch.equal(kept['0.bias'], state['0.bias'])
+
+
+def test_fused_state_leaves_a_block_of_which_tensors_are_missing():
+    model = nest(make_net())
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith('conv1.branches.1x1.')}
+    fused, _ = fused_state(model, {}, state)
+    assert all(fused[name] is state[name] for name in state if name.startswith('conv1.'))
+    assert 'stem.weight' in fused
+
+
+@pytest.mark.parametrize('case', WIRINGS)
+def test_norms_are_seen_in_a_training_forward(case):
+    """The same as in eval mode, for plain convs and blocks; a dropout counts in training."""
+    wiring, folded = WIRINGS[case]
+    model, x = randomise(Wired(wiring).double()).train(), image(2, 4, 7, 8)
+    for grown in (False, True):
+        if grown:
+            grow(model, 'a')
+            randomise(model)
+        with OutputWatch(model, 'ab') as watch:
+            output = model(x)
+        watch.note(output)
+        if case != 'dropout between' and folded is not None:
+            assert {path for path, norms in watch.norms().items() if norms} == set(folded)
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_training_is_watched_until_all_is_known():
+    model, x = make_net().train(), image()
+    unknown, learnt, forwards = ['stem', 'conv1'], [], []
+    handles = watch_training(
+        model, lambda: forwards.append(1) or unknown, lambda norms: learnt.append(norms)
+    )
+    model.eval()(x)
+    assert not learnt
+    model.train()(x)
+    assert learnt == [{'stem': ['stem_bn'], 'conv1': ['bn1']}]
+    unknown.clear()
+    model(x)
+    assert len(learnt) == 1
+    unknown.append('stem')
+    with pytest.raises(RuntimeError):
+        model(x[:, :1])  # a forward that fails leaves nothing behind
+    model(x)
+    assert learnt[-1] == {'stem': ['stem_bn']}
+    for handle in handles:
+        handle.remove()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert len(forwards) == 4

@@ -5,8 +5,8 @@ train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='RandomResizedCrop', scale=224),
     dict(type='RandomFlip', prob=0.5, direction='horizontal'),
-    # The paper names no strengths; these are the usual ones.
-    dict(type='ColorJitter', brightness=0.4, contrast=0.4, saturation=0.4),
+    # The paper names no strengths, the authors' files do.
+    dict(type='ColorJitter', brightness=0.06, contrast=0.06, saturation=0.06),
     dict(type='PackInputs'),
 ]
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
