@@ -59,6 +59,7 @@ $(DEMO)/report.html: | $(DEMO)/fused.pth
 lint: .venv/.ready
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 # One torch thread in each process is faster than several in one.
 test: lint

@@ -1,6 +1,7 @@
 """DyRep for OpenMMLab: convs that grow into multi-branch blocks while a model trains."""
 
 from importlib import import_module
+from typing import Any
 
 from dyrep_mm.evolution import gain as _gain  # noqa: F401, registers scores
 from dyrep_mm.evolution import metrics as _metrics  # noqa: F401, registers scores
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _FOR_MMENGINE:
         return getattr(import_module(_FOR_MMENGINE[name]), name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

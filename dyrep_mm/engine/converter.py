@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmengine.config import Config
@@ -38,7 +38,7 @@ from dyrep_mm.engine.stock import BRANCHES, is_stock, norms_in, weights_said
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.evolution.record import KEY
 from dyrep_mm.registry import TASK_UTILS
-from dyrep_mm.reparam.block import gain_bias
+from dyrep_mm.reparam.block import gain_bias, origin_of
 from dyrep_mm.surgery.fuse import fuse, fused_state
 from dyrep_mm.surgery.outputs import Norms, following_norms
 from dyrep_mm.surgery.rewire import INIT_SCALE, expand, restore
@@ -73,8 +73,8 @@ class DyRepConverter:
         init_scale: float = INIT_SCALE,
     ):
         named = isinstance(structure, str) and structure in PRESETS
-        self.structure = structure if named else load_structure(structure)
-        self.options = {
+        self.structure: Any = structure if named else load_structure(structure)
+        self.options: dict[str, Any] = {
             'kernel_sizes': tuple(kernel_sizes),
             'scope': scope,
             'init_scale': init_scale,
@@ -86,8 +86,9 @@ class DyRepConverter:
 
     def fuse(self, model: nn.Module, inputs: Tensor | None = None) -> nn.Module:
         """A plain copy of ``model``, see :func:`dyrep_mm.fuse`."""
-        forward = None if inputs is None else Passes(model, inputs, altered(model))
-        return fuse(model, inputs, forward=forward)
+        if inputs is None:
+            return fuse(model)
+        return fuse(model, inputs, forward=Passes(model, inputs, altered(model)))
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def difference(
     pairs = [(passes(model, inputs), passes(fused, inputs))]
     for path in passes.unreached:
         block, conv = get_module(model, path), get_module(fused, path)
-        x = noise_for(block.in_channels, inputs)
+        x = noise_for(origin_of(block).in_channels, inputs)
         outputs = block(x), conv(x)
         for norm in norms.get(path, ())[:1]:
             outputs = get_module(model, norm)(outputs[0]), get_module(fused, norm)(outputs[1])
@@ -445,7 +446,7 @@ def _transplant(fused: nn.Module, plain: nn.Module, source: str | Path) -> list[
     names = plain.state_dict().keys()
     biased = [name.removesuffix('.bias') for name in fused.state_dict() if name not in names]
     for path in biased:
-        gain_bias(get_module(plain, path))
+        gain_bias(cast(nn.Conv2d, get_module(plain, path)))
     load_strictly(plain, fused.state_dict(), source)
     return biased
 

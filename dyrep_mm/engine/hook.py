@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmengine.hooks import EMAHook, Hook
@@ -343,7 +343,8 @@ class DyRepHook(Hook):
         self._cost = UpdateCost(runner, self.schedule, self.calibration_batches)
         self._warn(runner, self._cost.foresee())
         on_step = partial(self._on_step, runner)
-        self._handles.append(optimizer_of(runner).register_step_pre_hook(on_step))
+        optimizer = cast(torch.optim.Optimizer, optimizer_of(runner))
+        self._handles.append(optimizer.register_step_pre_hook(on_step))
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         self._steps.begin()
@@ -451,7 +452,7 @@ class DyRepHook(Hook):
 
     def _learn_costs(self, transaction: Transaction) -> None:
         record = self._record
-        if record.images is not None:  # else no layer was called
+        if record.images is not None and record.sizes is not None:  # else no layer was called
             self.costs.learn(record.sizes, record.images, record.autocast, transaction.copies)
 
     def _find_copies(self, runner: Runner) -> Copies:
@@ -482,7 +483,7 @@ class DyRepHook(Hook):
         start = time.monotonic()
         self.update(runner)
         self._record.last = passed
-        if self.journal[-1].grown:
+        if self._cost is not None and self.journal[-1].grown:
             self._warn(runner, self._cost.measure(time.monotonic() - start))
 
     def _warn(self, runner: Runner, message: str | None) -> None:
@@ -491,7 +492,8 @@ class DyRepHook(Hook):
 
     def _over_losses(self, measure: Callable[[Tensor], Tensor]) -> Tensor | None:
         """See :data:`dyrep_mm.evolution.saliency.OverLosses`."""
-        runner, before = self._transaction.runner, self._transaction.batch_sampler
+        transaction = cast(Transaction, self._transaction)
+        runner, before = transaction.runner, transaction.batch_sampler
         seed = make_seed(self.seed, self._record.updates, 'losses')
         return mean_over_losses(runner, measure, seed, before)
 

@@ -48,7 +48,8 @@ def with_presets(init: Callable) -> Callable:
             raise DyRepError(
                 f'preset must be {" or ".join(map(repr, OPTIONS_OF))} or None, got {preset!r}'
             )
-        more = {k: v for k, v in OPTIONS_OF.get(preset, {}).items() if k not in given}
+        fills = {} if preset is None else OPTIONS_OF[preset]
+        more = {k: v for k, v in fills.items() if k not in given}
         init(self, *args, **more, **options)
 
     return filled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from typing import Any, cast
 
 from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_world_size
@@ -103,7 +103,8 @@ class Schedule:
         Args:
             last: Epochs or iterations that were complete at the last update.
         """
-        return (last // self.interval + 1) * self.interval
+        interval = cast(int, self.interval)  # asked only where there are updates
+        return (last // interval + 1) * interval
 
     def is_over(self, runner: Runner, last: int) -> bool:
         """Whether no update comes any more."""
@@ -140,8 +141,8 @@ class UpdateCost:
 
     def __init__(self, runner: Runner, schedule: Schedule, calibration_batches: int):
         epoch = iterations_per_epoch(runner)
-        self.interval, self.unit = schedule.interval, schedule.unit
-        self.size = epoch if schedule.by_epoch else 1
+        self.interval, self.unit = cast(int, schedule.interval), schedule.unit
+        self.size = epoch if schedule.by_epoch and epoch is not None else 1
         self.limit = runner.max_epochs if schedule.by_epoch else runner.max_iters
         self.batches = calibration_batches if epoch is None else min(calibration_batches, epoch)
         self.sensible = sensible_interval(runner, self.batches)

@@ -134,14 +134,11 @@ class Entry:
             'branch' + 'es' * (self.branches != 1),
         )
         costs = [f'{self.blocks} {blocks}, {self.branches} {branches}']
-        if self.parameters is not None:
-            now, mean = self.parameters, self.average_parameters
-            base = plain and plain.parameters
-            costs.append(_compared('parameters', 'M', 1e6, now, average=mean, plain=base))
-        if self.multiply_adds is not None:
-            now, mean = self.multiply_adds, self.average_multiply_adds
-            base = plain and plain.multiply_adds
-            costs.append(_compared('multiply-adds', 'G', 1e9, now, average=mean, plain=base))
+        for name, unit, size in (('parameters', 'M', 1e6), ('multiply_adds', 'G', 1e9)):
+            now, mean = getattr(self, name), getattr(self, f'average_{name}')
+            if now is not None:
+                what, base = name.replace('_', '-'), None if plain is None else getattr(plain, name)
+                costs.append(_compared(what, unit, size, now, average=mean, plain=base))
         if self.cost_ratio is not None:
             costs.append(f'{self.cost_ratio:.3f} times the cost of plain')
         if 'step_seconds' in self.timing:
@@ -241,9 +238,10 @@ class Timing:
     @property
     def relative(self) -> float | None:
         """The time of training with all updates, relative to as many plain iterations."""
-        if not self.plain_seconds:
+        plain = self.plain_step
+        if not plain:
             return None
-        return (self.seconds + self.update_seconds) / (self.steps * self.plain_step)
+        return (self.seconds + self.update_seconds) / (self.steps * plain)
 
 
 @dataclass
@@ -307,11 +305,13 @@ class Record:
     def average(self, name: str) -> float | None:
         """Average of ``parameters`` or ``multiply_adds`` over the iterations until now; None if a
         part of them is not known."""
-        moments = [0, *(entry.iteration for entry in self.journal), self.iteration]
-        values = [cost and getattr(cost, name) for cost in (self.start, *self.journal)]
-        if not self.iteration or None in moments or None in values:
+        updates = [entry.iteration for entry in self.journal if entry.iteration is not None]
+        costs: Any = (self.start, *self.journal)
+        values = [getattr(cost, name) for cost in costs if cost is not None]
+        values = [value for value in values if value is not None]
+        if not self.iteration or len(updates) < len(self.journal) or len(values) < len(costs):
             return None
-        lengths = [end - begin for begin, end in pairwise(moments)]
+        lengths = [end - begin for begin, end in pairwise([0, *updates, self.iteration])]
         return sum(n * value for n, value in zip(lengths, values, strict=True)) / self.iteration
 
     def averages(self) -> dict[str, Any]:

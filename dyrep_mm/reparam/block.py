@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -43,7 +43,7 @@ def gain_bias(conv: nn.Conv2d) -> None:
     """Give a conv without bias one, of zeros, and mark it: the plain model has none there."""
     zeros = conv.weight.new_zeros(conv.out_channels)
     conv.bias = nn.Parameter(zeros, requires_grad=conv.weight.requires_grad)
-    conv.gained_bias = True
+    conv.gained_bias = True  # type: ignore[assignment]  # a flag, neither tensor nor module
 
 
 def has_gained_bias(module: nn.Module) -> bool:
@@ -59,7 +59,7 @@ def lose_bias(conv: nn.Conv2d) -> None:
 
 def origin_of(module: nn.Module) -> nn.Conv2d:
     """The conv that a block grew from; a conv itself."""
-    return module.origin if isinstance(module, Block) else module
+    return module.origin if isinstance(module, Block) else cast(nn.Conv2d, module)
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -124,6 +124,8 @@ class Block(nn.Module):
     _keeps_kernel = False
     _kept: _Kept | None = None
 
+    origin_std: Tensor
+
     def __init__(
         self,
         conv: nn.Conv2d,
@@ -181,7 +183,7 @@ class Block(nn.Module):
     @property
     def added(self) -> list[Branch]:
         """The branches besides ``kxk``."""
-        return [self.branches[name] for name in self.names if name != ORIGIN]
+        return [cast(Branch, self.branches[name]) for name in self.names if name != ORIGIN]
 
     @property
     def added_norms(self) -> list[_BatchNorm]:
@@ -206,7 +208,7 @@ class Block(nn.Module):
     def kernel(self) -> Kernel:
         """The whole block as one kernel, with the running statistics (Eq. 2)."""
         with self._precisely():
-            return self.merge()
+            return cast(Kernel, self.merge())  # without a source it always can
 
     def _precisely(self) -> AbstractContextManager:
         """Kernels and statistics are computed without autocast."""
@@ -228,7 +230,7 @@ class Block(nn.Module):
         if not self._finds_statistics(x):
             return self._convolve(x, self.kernel())
         if (source := self._source(x)) is None:
-            running = [(branch, None) for branch in self.added]
+            running: list[tuple[Branch, Kernel | None]] = [(b, None) for b in self.added]
             out = self.branches[ORIGIN](x)
         else:
             with self._precisely():
@@ -302,7 +304,7 @@ class Block(nn.Module):
             kernels, running = [kernel_of(inner)], []
         for branch in self.added:
             kernel, whole = branch.merge(source) or (None, False)
-            if whole:
+            if whole and kernel is not None:
                 kernels.append(kernel)
             else:
                 running.append((branch, kernel))
@@ -331,7 +333,7 @@ class Block(nn.Module):
         recompute."""
 
         def output(x: Tensor) -> Tensor:
-            module, prefix, y = branch, 'bn.', x
+            module, prefix, y = cast(nn.Module, branch), 'bn.', x
             if inner is not None:
                 module, prefix, y = branch.bn, '', self.spec.convolve(x, inner)
             if is_recorded():  # a trace knows the parameters of a module alone
@@ -400,8 +402,8 @@ class Block(nn.Module):
         of the original conv as that was measured last."""
         unit = self.origin_std.mean().clamp_min(torch.finfo(self.origin_std.dtype).tiny)
         values = [(branch.bn.weight.detach() * branch.unit).abs().mean() for branch in self.added]
-        values = torch.stack(values)
-        return dict(zip(self.names[1:], (values / unit).tolist(), strict=True))
+        shares = torch.stack(values) / unit
+        return dict(zip(self.names[1:], shares.tolist(), strict=True))
 
     @torch.no_grad()
     def compensate(self) -> None:
@@ -447,7 +449,7 @@ class Block(nn.Module):
                 )
         if not (names := list(dict.fromkeys(names))):
             return
-        weight, bias = add((self.branches[name].kernel() for name in names), self.kernel_size)
+        weight, bias = add((kernel_of(self.branches[name]) for name in names), self.kernel_size)
         for name in names:
             del self.branches[name]
         self.origin.weight.add_(weight)
@@ -463,8 +465,9 @@ class Block(nn.Module):
         elif isinstance(inner, Block):
             inner._shift(bias)
         elif bias.any():
-            gain_bias(inner)
-            inner.bias.add_(bias)
+            origin = self.origin
+            gain_bias(origin)
+            cast(Tensor, origin.bias).add_(bias)
 
     # The names under which tools make modules plain.
 
@@ -496,7 +499,7 @@ class Block(nn.Module):
         hooks = {name: value for name, value in vars(self).items() if 'ward_' in name}
         vars(self).clear()
         vars(self).update({**vars(conv), **hooks})
-        self.__class__ = type(conv)
+        self.__class__ = cast(Any, type(conv))
 
     reparameterize = switch_to_deploy
 

@@ -181,7 +181,8 @@ def _costs(run: Run) -> list[tuple[str, str, str, str]]:
         values = [run.plain.get(key), run.averages.get(key), last]
         if any(value is not None for value in values):
             size, unit = scale_of(key, values)
-            rows.append((f'{name}, {unit}', *(number(scaled(v, size)) for v in values)))
+            plain, average, now = (number(scaled(value, size)) for value in values)
+            rows.append((f'{name}, {unit}', plain, average, now))
     if 'time' in run.averages:
         rows.append(('time of training, relative', '1', number(run.averages['time']), '–'))
     if run.seconds is not None:

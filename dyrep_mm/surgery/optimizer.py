@@ -10,7 +10,7 @@ is, whether it is frozen or not. Every other parameter is left in or out, as the
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -42,8 +42,9 @@ def donors(model: nn.Module) -> dict[Parameter, list[Parameter]]:
         origin, norm = origin_of(module), near_norm(model, path) or spare
         for name, parameter in added_parameters(module):
             last = name.rpartition('.')[2]
-            beside = getattr(norm, last, None) if parameter.ndim == 1 else None
-            result[parameter] = [p for p in (beside, origin.weight) if p is not None]
+            beside: Parameter | None = getattr(norm, last, None) if parameter.ndim == 1 else None
+            weight = cast(Parameter, origin.weight)
+            result[parameter] = [weight] if beside is None else [beside, weight]
     return result
 
 
