@@ -30,7 +30,7 @@ HOOK = {
 def digits(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('digits') / 'data'
     options = '--forms detection segmentation classification --size 96 --train 4 --val 2'
-    run_tool('digits', '--out', folder, *options.split())
+    run_tool('digits', '--out', folder, *options.split(), fresh=True)
     return folder
 
 

@@ -11,7 +11,7 @@ import pytest
 from mmengine.config import Config
 
 from dyrep_mm.engine.checkpoint import load_checkpoint
-from support.processes import ROOT, call, environment, run_tool
+from support.processes import ROOT, call, environment, run_script, run_tool
 
 #: What all three projects train with; text style.
 SCHEDULE = """
@@ -157,15 +157,12 @@ def test_trains_and_tests_with_its_own_tools(tmp_path, wheel, digits, library, s
     assert where.startswith(str(wheel))
     tools = Path(importlib.util.find_spec(library).origin).parent / '.mim' / 'tools'
     options = ['--work-dir', tmp_path / 'run']
-    said = call(sys.executable, tools / 'train.py', config, *options, env=variables, cwd=tmp_path)
+    place = {'env': variables, 'cwd': tmp_path}
+    said = run_script(tools / 'train.py', config, *options, **place)
     assert 'DyRep update 2 at iteration 4' in said
     checkpoint = tmp_path / 'run' / 'iter_5.pth'
     record = load_checkpoint(checkpoint)['meta']['dyrep_mm']
     assert record['structure']
-    said = call(
-        *(sys.executable, tools / 'test.py', config, checkpoint, *options),
-        env=variables,
-        cwd=tmp_path,
-    )
+    said = run_script(tools / 'test.py', config, checkpoint, *options, **place)
     assert METRIC[library] in said
     assert 'unexpected key' not in said

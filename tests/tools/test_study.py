@@ -40,7 +40,7 @@ def test_a_study_is_done_once_and_goes_on(tmp_path, configs):
     # mmengine's log smooths metrics that are named after a loss.
     options = ('--seeds', 2, '--jobs', 2, '--out', out, '--metric', 'fingerprint')
     command = ('study', *configs, *options)
-    said = run_tool(*command)
+    said = run_tool(*command, fresh=True)
     rows = rows_in(out)
     assert [(row['config'], row['seed']) for row in rows] == [
         (config, seed) for seed in (0, 1) for config in ('plain', 'grown')
