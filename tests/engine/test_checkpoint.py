@@ -264,3 +264,10 @@ def test_weights_that_are_not_of_the_structure(tmp_path, made):
     run = runner(tmp_path, [dict(PRUNING)], iters=9, load_from=str(tmp_path / 'bad.pth'))
     with pytest.raises(DyRepError, match=name):
         run.train()
+
+
+def test_the_original_line_of_mmengine_has_no_list_of_safe_classes(tmp_path, monkeypatch):
+    runner(tmp_path, [dict(PRUNING)], iters=3).train()
+    monkeypatch.delattr('mmengine.runner.checkpoint.get_torch_safe_globals')
+    checkpoint = load_checkpoint(tmp_path / 'iter_3.pth')
+    assert checkpoint['message_hub']['log_scalars']['train/loss'].current() > 0
