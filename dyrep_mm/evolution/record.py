@@ -14,6 +14,8 @@ from math import isfinite
 from numbers import Real
 from typing import Any
 
+from torch import Tensor
+
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.reparam.norms import BRANCH_NORMS
 from dyrep_mm.surgery.cost import Cost, Sizes, are_sizes
@@ -269,6 +271,7 @@ class Record:
         iteration: Iterations that are complete.
         timing: What a clock measured.
         branch_norm: What the norms of branches normalised with, see docs/norms.md.
+        units: Of branches that a search had off, by name, see :mod:`dyrep_mm.surgery.gates`.
     """
 
     structure: Structure | None = None
@@ -283,6 +286,7 @@ class Record:
     autocast: bool = False
     left_alone: dict[str, str] = field(default_factory=dict)
     branch_norm: str = 'batch'
+    units: dict[str, Any] = field(default_factory=dict)
     plain: Cost | None = None
     start: Cost | None = None
     iteration: int = 0
@@ -405,6 +409,9 @@ class Record:
         for path, reason in record.left_alone.items():
             _check(isinstance(path, str) and isinstance(reason, str), 'left_alone')
         _check(record.branch_norm in BRANCH_NORMS, 'branch_norm')
+        _check(isinstance(record.units, Mapping), 'units')
+        for name, unit in record.units.items():
+            _check(isinstance(name, str) and isinstance(unit, Tensor) and unit.ndim == 1, 'units')
         if record.sizes is not None:
             _check(are_sizes(record.sizes), 'sizes')
         images = record.images

@@ -117,6 +117,10 @@ class Branch(nn.Module):
     #: around it, as the head of this file says: what it sees follows from the input of the block.
     pads_first = False
 
+    #: Factor of the output, which a search sets from outside: 0.0 where the branch is off, or a
+    #: tensor () of which the gradient is asked. It is no part of the state.
+    gate: Tensor | float = 1.0
+
     def __init__(self, spec: ConvSpec, norm: NormFactory, generator: Generator | None = None):
         super().__init__()
         self.spec = spec
@@ -128,6 +132,17 @@ class Branch(nn.Module):
         if (scale := state_dict.get(f'{prefix}bn.weight')) is not None:
             state_dict.setdefault(prefix + UNIT, torch.ones_like(scale))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the branch is computed."""
+        return isinstance(self.gate, Tensor) or self.gate != 0
+
+    @property
+    def factor(self) -> Tensor:
+        """What the block multiplies the output of ``forward`` with, (out,)."""
+        searched = isinstance(self.gate, Tensor) or self.gate != 1
+        return self.unit * self.gate if searched else self.unit
 
     @classmethod
     def misfit(cls, spec: ConvSpec) -> str | None:
@@ -169,7 +184,7 @@ class Branch(nn.Module):
         path = []
         for part, bn in self.stages():
             check_norm(bn)
-            unit = self.unit if bn is self.bn else None
+            unit = self.factor if bn is self.bn else None
             norm = Norm(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, unit)
             path.append(_stage_of(part, norm))
         return path
@@ -212,7 +227,7 @@ class Branch(nn.Module):
                 if counts_other_processes(bn):
                     seen = across(seen, bn.process_group)
                 found.append((bn, seen))
-            merged = fold(kernel, bn, seen, self.unit if is_last else None)
+            merged = fold(kernel, bn, seen, self.factor if is_last else None)
             if is_average:
                 merged = chain(merged, part, self.spec.groups)
         if source is not None:
