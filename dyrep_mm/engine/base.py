@@ -86,6 +86,9 @@ class StructureHook(Hook):
     # Before every EMAHook, which must find the restored structure, and before what saves.
     priority = 'HIGH'
 
+    #: What a person calls what the rule does.
+    method = 'DyRep'
+
     #: What to warn of where a resumed run cannot go on with the state of its rule.
     other_scores = (
         'the checkpoint scored other operations or by another metric; the interval starts without '
@@ -299,6 +302,7 @@ class StructureHook(Hook):
         self._record.scores = self.rule.state_dict()
         self._record.timing = self._steps.timing(self._record.is_plain)
         self._record.branch_norm = self.branch_norm
+        self._record.method = self.method
         self._record.to_checkpoint(checkpoint)
         if runner.hooks[-1] is not self._last:
             # The walk over the hooks that has come here goes on to it.

@@ -89,6 +89,8 @@ class RepNASHook(StructureHook):
             or the loop does not allow what the options ask for.
     """
 
+    method = 'RepNAS'
+
     other_scores = (
         'the checkpoint has no search among these branches; their search starts anew in the phase '
         'that the run is in'

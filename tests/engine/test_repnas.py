@@ -17,6 +17,8 @@ from dyrep_mm.engine.converter import fuse_checkpoint
 from dyrep_mm.engine.runner import unwrap
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.evolution.record import Record
+from dyrep_mm.report.data import read_run
+from dyrep_mm.report.page import make_report
 from dyrep_mm.surgery.cost import branch_costs
 from dyrep_mm.surgery.optimizer import check_optimizer
 from dyrep_mm.surgery.structure import structure_of
@@ -287,6 +289,14 @@ def test_resumed_from_a_plain_checkpoint(tmp_path):
     )  # fmt: skip
     run.train()
     assert len(branches_of(run)) == ON
+
+
+def test_the_report_tells_of_the_search(searched):
+    _, folder = searched
+    run = read_run(str(folder))
+    assert run.group == 'RepNAS'
+    page = make_report([run]).html()
+    assert 'least alpha kept' in page
 
 
 def test_a_pretrained_backbone(searched, tmp_path):
