@@ -164,14 +164,14 @@ class StructureHook(Hook):
     # The moments of a run, in order.
 
     def before_run(self, runner: Runner) -> None:
-        refuse_unsupported(runner)
+        refuse_unsupported(runner, type(self).__name__)
         self._refuse_others(runner)
         choose_resume(runner)
         self._transaction = None  # averages are made anew after this
         self._find_copies(runner)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        refuse_unsupported(runner)  # FlexibleRunner loads before before_run
+        refuse_unsupported(runner, type(self).__name__)  # FlexibleRunner loads before before_run
         if (with_branches := from_stock(checkpoint)) is not checkpoint:
             checkpoint.clear()
             checkpoint.update(with_branches)

@@ -180,10 +180,10 @@ class RepNASHook(StructureHook):
         super().before_train(runner)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        super().before_train_iter(runner, batch_idx, data_batch)
         if self._gates is not None:
             self.rule.progress = self.schedule.progress(self.schedule.now(runner) - 1)
             self._gates.open(*self.rule.draw())
-        super().before_train_iter(runner, batch_idx, data_batch)
 
     def after_train_iter(
         self,
