@@ -20,6 +20,7 @@ _FOR_MMENGINE = {
     'DyRepPretrained': 'dyrep_mm.engine.pretrained',
     'DyRepConverter': 'dyrep_mm.engine.converter',
     'PlainVGG': 'dyrep_mm.backbones',
+    'RepNASHook': 'dyrep_mm.engine.repnas',
 }
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     'DyRepHook',
     'DyRepPretrained',
     'PlainVGG',
+    'RepNASHook',
     '__version__',
     'expand',
     'fuse',

@@ -7,7 +7,10 @@ from mmengine.registry import WEIGHT_INITIALIZERS as MMENGINE_WEIGHT_INITIALIZER
 from mmengine.registry import Registry
 
 HOOKS = Registry(
-    'hook', parent=MMENGINE_HOOKS, scope='dyrep_mm', locations=['dyrep_mm.engine.hook']
+    'hook',
+    parent=MMENGINE_HOOKS,
+    scope='dyrep_mm',
+    locations=['dyrep_mm.engine.hook', 'dyrep_mm.engine.repnas'],
 )
 TASK_UTILS = Registry(
     'task util',

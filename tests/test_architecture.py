@@ -18,14 +18,23 @@ MAP = {
     'reparam': ['kernels', 'geometry', 'norms', 'moments', 'branches', 'block'],
     'surgery': [
         *('tree', 'structure', 'copies', 'candidates', 'usage', 'rewire', 'calibration'),
-        *('optimizer', 'outputs', 'fuse', 'cost', 'charge', 'quantization'),
+        *('optimizer', 'outputs', 'fuse', 'cost', 'charge', 'quantization', 'gates'),
     ],
-    'evolution': ['operations', 'saliency', 'metrics', 'gain', 'budget', 'rule', 'record'],
+    'evolution': [
+        'operations',
+        'saliency',
+        'metrics',
+        'gain',
+        'budget',
+        'rule',
+        'record',
+        'search',
+    ],
     # For mmengine, which looks for `registry` at the top.
     'mmengine': ['registry', 'backbones'],
     'engine': [
         *('stock', 'checkpoint', 'runner', 'batches', 'progress', 'transaction', 'pretrained'),
-        *('start', 'options', 'losses', 'schedule', 'times', 'channels', 'hook'),
+        *('start', 'options', 'losses', 'schedule', 'times', 'channels', 'base', 'hook', 'repnas'),
         *('passes', 'converter', 'export'),
     ],
     'report': [

@@ -98,8 +98,12 @@ def check_local(path: str | None, config: Config) -> None:
         )
 
 
+#: What the names of our hooks end with.
+HOOK_NAMES = ('DyRepHook', 'RepNASHook')
+
+
 def has_hook(config: Config) -> bool:
-    """Whether a DyRepHook is among the hooks of a config."""
+    """Whether a hook that rebuilds a structure is among those of a config."""
     hooks = [*config.get('default_hooks', {}).values(), *(config.get('custom_hooks') or [])]
     types = (hook.get('type') for hook in hooks if hook)
-    return any(str(getattr(t, '__name__', t)).endswith('DyRepHook') for t in types)
+    return any(str(getattr(t, '__name__', t)).endswith(HOOK_NAMES) for t in types)

@@ -15,6 +15,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import HOOKS, MODELS, init_default_scope
 from torch import Tensor, nn
 
+from dyrep_mm.engine.base import StructureHook
 from dyrep_mm.engine.checkpoint import (
     grown_in,
     load_checkpoint,
@@ -23,7 +24,6 @@ from dyrep_mm.engine.checkpoint import (
     save_atomically,
     weights_of,
 )
-from dyrep_mm.engine.hook import DyRepHook
 from dyrep_mm.engine.passes import (
     Passes,
     first_line,
@@ -379,13 +379,17 @@ def check_finite(model: nn.Module, source: str | Path) -> None:
         )
 
 
+#: What the names of our hooks, of those that derive from them, and of our initialiser end with.
+OUR_NAMES = ('DyRepHook', 'RepNASHook', 'DyRepPretrained')
+
+
 def names_dyrep(kind: Any) -> bool:
     """Whether the ``type`` in a config is of DyRep, or a hook that derives from DyRep's."""
     if isinstance(kind, str):
-        if kind.startswith('dyrep_mm.') or kind.endswith(('DyRepHook', 'DyRepPretrained')):
+        if kind.startswith('dyrep_mm.') or kind.endswith(OUR_NAMES):
             return True
         kind = HOOKS.get(kind)
-    return isinstance(kind, type) and issubclass(kind, (DyRepHook, DyRepPretrained))
+    return isinstance(kind, type) and issubclass(kind, (StructureHook, DyRepPretrained))
 
 
 def plain_config(config: Config) -> Config:

@@ -93,6 +93,21 @@ def check_budget(max_cost: Any) -> float | None:
     return max_cost
 
 
+def check_part(name: str, value: Any) -> float:
+    """``value`` if it is a number above 0 and at most 1, else ``DyRepError``."""
+    if not 0 < check_number(name, value) <= 1:
+        raise DyRepError(f'{name} must be above 0 and at most 1, got {value}')
+    return value
+
+
+def check_ratio(name: str, value: Any) -> float:
+    """``value`` if it is a finite number above 1, the cost of the plain model, else
+    ``DyRepError``."""
+    if check_number(name, value) <= 1:
+        raise DyRepError(f'{name} must be above 1, the cost of the plain model, got {value}')
+    return value
+
+
 def check_seed(seed: Any) -> int | None:
     """``seed`` if it is an integer or None, else ``DyRepError``."""
     if seed is not None and type(seed) is not int:

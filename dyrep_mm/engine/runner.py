@@ -90,8 +90,9 @@ def make_generator(*key: Any) -> torch.Generator:
     return torch.Generator().manual_seed(make_seed(*key))
 
 
-def refuse_unsupported(runner: Any) -> None:
-    """Raise ``DyRepError`` if the model of this runner cannot change its shape."""
+def refuse_unsupported(runner: Any, hook: str = 'DyRepHook') -> None:
+    """Raise ``DyRepError`` if the model of this runner cannot change its shape, as ``hook``, by its
+    name, would have it."""
     refused = None
     if not isinstance(runner, Runner):
         refused = f'{type(runner).__name__}', "mmengine's Runner (runner_type='Runner')"
@@ -116,7 +117,7 @@ def refuse_unsupported(runner: Any) -> None:
     elif any(hasattr(unwrap(runner.model), name) for name in ('teacher', 'student')):
         refused = 'a teacher and a student in one model', 'one model'
     if refused:
-        raise DyRepError('DyRepHook does not work with {}; use {}'.format(*refused))
+        raise DyRepError('{} does not work with {}; use {}'.format(hook, *refused))
 
 
 def choose_resume(runner: Runner) -> None:

@@ -14,6 +14,8 @@ from math import isfinite
 from numbers import Real
 from typing import Any
 
+from torch import Tensor
+
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.reparam.norms import BRANCH_NORMS
 from dyrep_mm.surgery.cost import Cost, Sizes, are_sizes
@@ -26,7 +28,7 @@ KEY = 'dyrep_mm'
 UNITS = ('epoch', 'iteration')
 
 #: Attributes of a Record that ``meta`` has; a resume alone needs the others.
-IN_META = ('structure', 'journal', 'plain', 'start', 'iteration', 'timing')
+IN_META = ('structure', 'journal', 'plain', 'start', 'iteration', 'timing', 'method')
 
 
 @dataclass(frozen=True)
@@ -267,6 +269,8 @@ class Record:
         iteration: Iterations that are complete.
         timing: What a clock measured.
         branch_norm: What the norms of branches normalised with, see docs/norms.md.
+        method: What a person calls the rule that decides: ``'DyRep'`` or ``'RepNAS'``.
+        units: Of branches that a search had off, by name, see :mod:`dyrep_mm.surgery.gates`.
     """
 
     structure: Structure | None = None
@@ -281,6 +285,8 @@ class Record:
     autocast: bool = False
     left_alone: dict[str, str] = field(default_factory=dict)
     branch_norm: str = 'batch'
+    method: str = 'DyRep'
+    units: dict[str, Any] = field(default_factory=dict)
     plain: Cost | None = None
     start: Cost | None = None
     iteration: int = 0
@@ -356,6 +362,7 @@ class Record:
         """Write into ``meta``, which publishing keeps, and beside it what a resume needs."""
         checkpoint['meta'][KEY] = {
             'version': __version__,
+            'method': self.method,
             'structure': self.structure,
             'journal': [asdict(entry) for entry in self.journal],
             'plain': None if self.plain is None else asdict(self.plain),
@@ -390,6 +397,7 @@ class Record:
             start=_read(Cost, said.get('start'), 'start'),
             iteration=said.get('iteration', 0),
             timing=_read(Timing, said.get('timing', {}), 'timing'),
+            method=said.get('method', 'DyRep'),
         )
         if 'iteration' not in said and type(meta.get('iter')) is int:
             record.iteration = meta['iter']
@@ -405,6 +413,10 @@ class Record:
         for path, reason in record.left_alone.items():
             _check(isinstance(path, str) and isinstance(reason, str), 'left_alone')
         _check(record.branch_norm in BRANCH_NORMS, 'branch_norm')
+        _check(isinstance(record.method, str), 'method')
+        _check(isinstance(record.units, Mapping), 'units')
+        for name, unit in record.units.items():
+            _check(isinstance(name, str) and isinstance(unit, Tensor) and unit.ndim == 1, 'units')
         if record.sizes is not None:
             _check(are_sizes(record.sizes), 'sizes')
         images = record.images

@@ -32,6 +32,7 @@ from dyrep_mm.reparam.norms import (
     NormFactory,
     check_branch_norm,
     counts_other_processes,
+    several_processes,
     statistics_kept,
 )
 
@@ -78,6 +79,19 @@ class _Kept(NamedTuple):
     state: list[tuple[int, int, int]]  # which object, where its values lie, how often changed
     held: list[tuple[Tensor, Tensor]]  # so that no id and no address is given to another
     kernel: Kernel
+
+
+class _Zero(torch.autograd.Function):
+    """A zero (), of which each of the tensors that it is given has a gradient of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
 
 
 class Block(nn.Module):
@@ -186,6 +200,11 @@ class Block(nn.Module):
         return [cast(Branch, self.branches[name]) for name in self.names if name != ORIGIN]
 
     @property
+    def active(self) -> list[Branch]:
+        """Those of :attr:`added` that are on: no other is computed."""
+        return [branch for branch in self.added if branch.is_on]
+
+    @property
     def added_norms(self) -> list[_BatchNorm]:
         """The norms of the branches besides ``kxk``, and of what is nested in them."""
         modules = (module for branch in self.added for module in branch.modules())
@@ -217,8 +236,10 @@ class Block(nn.Module):
         return torch.autocast(kind, enabled=False) if _is_autocast(kind) else nullcontext()
 
     def multiply_adds(self, size: Pair) -> int:
-        """Of all branches, each run by itself, for one map of ``size`` (h, w)."""
-        return sum(multiply_adds_of(branch, size) for branch in self.branches.values())
+        """Of ``kxk`` and the branches that are on, each run by itself, for one map of ``size``
+        (h, w)."""
+        parts = [self.branches[ORIGIN], *self.active]
+        return sum(multiply_adds_of(part, size) for part in parts)
 
     def forward(self, input: Tensor) -> Tensor:
         """What the block makes of ``input`` (batch, in, h, w), or of one image (in, h, w)."""
@@ -230,8 +251,10 @@ class Block(nn.Module):
         if not self._finds_statistics(x):
             return self._convolve(x, self.kernel())
         if (source := self._source(x)) is None:
-            running: list[tuple[Branch, Kernel | None]] = [(b, None) for b in self.added]
+            running: list[tuple[Branch, Kernel | None]] = [(b, None) for b in self.active]
             out = self.branches[ORIGIN](x)
+            if (idle := self._idle()) is not None:
+                out += idle
         else:
             with self._precisely():
                 kernels, running = self._parts(source)
@@ -302,7 +325,7 @@ class Block(nn.Module):
             kernels, running = inner._parts(None if inner.is_linear else source)
         else:
             kernels, running = [kernel_of(inner)], []
-        for branch in self.added:
+        for branch in self.active:
             kernel, whole = branch.merge(source) or (None, False)
             if whole and kernel is not None:
                 kernels.append(kernel)
@@ -320,28 +343,41 @@ class Block(nn.Module):
             None if the source does not know all that they need.
         """
         if source is None:
-            return merge(map(path_of, self.branches.values()), self.kernel_size, self.groups)
+            parts = [self.branches[ORIGIN], *self.active]
+            return merge(map(path_of, parts), self.kernel_size, self.groups)
         kernels, running = self._parts(source)
         return None if running else add(kernels, self.kernel_size)
 
     def _convolve(self, x: Tensor, kernel: Kernel) -> Tensor:
         dtype = self.origin.weight.dtype  # half precision merges in single
+        if (idle := self._idle()) is not None:
+            kernel = Kernel(kernel.weight, kernel.bias + idle)
         return self.spec.convolve(x, Kernel(kernel.weight.to(dtype), kernel.bias.to(dtype)))
+
+    def _idle(self) -> Tensor | None:
+        """A zero () of which the parameters of branches that are off have a gradient of zero, where
+        several processes train: DDP waits for one of every parameter."""
+        if not (torch.is_grad_enabled() and several_processes()):
+            return None
+        off = [branch for branch in self.added if not branch.is_on]
+        idle = [p for branch in off for p in branch.parameters() if p.requires_grad]
+        return _Zero.apply(*idle) if idle else None
 
     def _output(self, branch: Branch, x: Tensor, inner: Kernel | None) -> Tensor:
         """Output of ``branch`` in its unit, of which the backward keeps ``x`` alone if it may
         recompute."""
+
+        factor = branch.factor
 
         def output(x: Tensor) -> Tensor:
             module, prefix, y = cast(nn.Module, branch), 'bn.', x
             if inner is not None:
                 module, prefix, y = branch.bn, '', self.spec.convolve(x, inner)
             if is_recorded():  # a trace knows the parameters of a module alone
-                return module(y) * branch.unit.view(-1, 1, 1)
+                return module(y) * factor.view(-1, 1, 1)
             # Behind the norm the unit would cost a map.
             scaled = {
-                f'{prefix}{name}': getattr(branch.bn, name) * branch.unit
-                for name in ('weight', 'bias')
+                f'{prefix}{name}': getattr(branch.bn, name) * factor for name in ('weight', 'bias')
             }
             return functional_call(module, scaled, (y,))
 
@@ -449,19 +485,20 @@ class Block(nn.Module):
                 )
         if not (names := list(dict.fromkeys(names))):
             return
-        weight, bias = add((kernel_of(self.branches[name]) for name in names), self.kernel_size)
-        for name in names:
-            del self.branches[name]
-        self.origin.weight.add_(weight)
-        self._shift(bias)
+        gone = [self.branches.pop(name) for name in names]
+        # One that is off adds nothing.
+        if kernels := [kernel_of(branch) for branch in gone if branch.is_on]:
+            weight, bias = add(kernels, self.kernel_size)
+            self.origin.weight.add_(weight)
+            self._shift(bias)
 
     def _shift(self, bias: Tensor) -> None:
         """Add ``bias`` (out,) to the output of the block."""
         inner = self.branches[ORIGIN]
         if self.origin.bias is not None:
             self.origin.bias.add_(bias)
-        elif self.added:
-            self.added[0].bn.bias.add_(bias / self.added[0].unit)
+        elif takes := [branch for branch in self.added if branch.unit.all()]:
+            takes[0].bn.bias.add_(bias / takes[0].unit)
         elif isinstance(inner, Block):
             inner._shift(bias)
         elif bias.any():

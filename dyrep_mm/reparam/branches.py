@@ -122,6 +122,9 @@ class Branch(nn.Module):
     pads_first = False
 
     unit: Tensor
+    #: Factor of the output, which a search sets from outside: 0.0 where the branch is off, or a
+    #: tensor () of which the gradient is asked. It is no part of the state.
+    gate: Tensor | float = 1.0
 
     def __init__(self, spec: ConvSpec, norm: NormFactory, generator: Generator | None = None):
         super().__init__()
@@ -134,6 +137,17 @@ class Branch(nn.Module):
         if (scale := state_dict.get(f'{prefix}bn.weight')) is not None:
             state_dict.setdefault(prefix + UNIT, torch.ones_like(scale))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the branch is computed."""
+        return isinstance(self.gate, Tensor) or self.gate != 0
+
+    @property
+    def factor(self) -> Tensor:
+        """What the block multiplies the output of ``forward`` with, (out,)."""
+        searched = isinstance(self.gate, Tensor) or self.gate != 1
+        return self.unit * self.gate if searched else self.unit
 
     @classmethod
     def misfit(cls, spec: ConvSpec) -> str | None:
@@ -176,7 +190,7 @@ class Branch(nn.Module):
         path = []
         for part, bn in self.stages():
             check_norm(bn)
-            unit = self.unit if bn is self.bn else None
+            unit = self.factor if bn is self.bn else None
             mean, var, _ = tracked(bn)
             path.append(_stage_of(part, Norm(mean, var, bn.weight, bn.bias, bn.eps, unit)))
         return path
@@ -221,7 +235,7 @@ class Branch(nn.Module):
                 if counts_other_processes(bn):
                     seen = across(seen, bn.process_group)
                 found.append((bn, seen))
-            merged = fold(kernel, bn, seen, self.unit if is_last else None)
+            merged = fold(kernel, bn, seen, self.factor if is_last else None)
             if isinstance(part, Average):
                 merged = chain(merged, part, self.spec.groups)
         if source is not None:

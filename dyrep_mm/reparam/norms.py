@@ -47,12 +47,15 @@ def check_norm(norm: nn.Module) -> None:
         )
 
 
+def several_processes() -> bool:
+    """Whether this process is one of several that train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def counts_other_processes(norm: nn.Module) -> bool:
     """Whether the batch statistics of ``norm`` are those of all processes, of which each must
     take part."""
-    if not isinstance(norm, nn.SyncBatchNorm):
-        return False
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return isinstance(norm, nn.SyncBatchNorm) and several_processes()
 
 
 def norm_like(norm: _BatchNorm | None) -> NormFactory:

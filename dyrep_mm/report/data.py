@@ -216,7 +216,7 @@ def _group(record: Record, start: Structure) -> str:
     if record.structure is None:
         return 'plain'
     if record.journal or not start:
-        return 'DyRep'
+        return record.method
     shapes = {frozenset(names) for names in start.values()}
     whole = frozenset().union(*shapes)
     by_names = {frozenset(names): preset for preset, names in PRESETS.items()}

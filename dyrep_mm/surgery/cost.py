@@ -114,6 +114,23 @@ def multiply_adds(model: nn.Module, sizes: Sizes, *, plain: bool = False) -> flo
     return total
 
 
+def branch_costs(model: nn.Module, sizes: Sizes) -> dict[str, dict[str, float]]:
+    """Multiply-adds of one forward of one image through each branch, by path of its outermost block
+    and name, as :func:`multiply_adds` counts them; nothing of blocks that were not seen."""
+    blocks = blocks_of(model)
+    return {
+        path: {
+            name: sum(
+                n * multiply_adds_of(blocks[path].branches[name], (int(h), int(w)))
+                for n, h, w in calls
+            )
+            for name in blocks[path].names[1:]
+        }
+        for path, calls in sizes.items()
+        if path in blocks
+    }
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a model costs in training.

@@ -111,19 +111,21 @@ def sync_optimizer(
         if places == sorted(places):
             parameters.sort(key=lambda p: order[id(p)])
         group['params'] = parameters
-        _start_momentum(optimizer, group)
+        start_momentum(optimizer, group)
         if 'param_names' in group:
             group['param_names'] = [names[id(p)] for p in parameters]
 
 
-def _start_momentum(optimizer: Optimizer, group: dict[str, Any]) -> None:
-    """Start new parameters at a momentum of zero under torch's fused SGD.
+def start_momentum(optimizer: Optimizer, group: dict[str, Any]) -> None:
+    """Start parameters that have none at a momentum of zero under torch's fused SGD.
 
     It expects a momentum buffer for every parameter once it has one; other optimizers start the
     state of each parameter when it comes.
     """
+    if not group.get('fused'):
+        return
     states = [optimizer.state.get(parameter, {}) for parameter in group['params']]
-    if group.get('fused') and any(state.get('momentum_buffer') is not None for state in states):
+    if any(state.get('momentum_buffer') is not None for state in states):
         for parameter in group['params']:
             if optimizer.state[parameter].get('momentum_buffer') is None:
                 optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)

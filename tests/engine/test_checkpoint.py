@@ -234,13 +234,16 @@ def test_the_deepest_structure_works(tmp_path):
         ('start', {'parameters': 'many'}, 'start'),
         ('iteration', -1, 'counts'),
         ('timing', {'steps': 'few'}, 'timing'),
+        ('method', 3, 'method'),
+        ('units', [1], 'units'),
+        ('units', {'backbone.conv1.branches.1x1.unit': 1.0}, 'units'),
     ],
 )
 def test_record_of_a_stranger(tmp_path, made, place, value, word):
     bad = load_checkpoint(made / 'iter_5.pth')
     if place == 'record':
         bad['meta']['dyrep_mm'] = value
-    elif place in ('journal', 'plain', 'start', 'iteration', 'timing'):
+    elif place in ('journal', 'plain', 'start', 'iteration', 'timing', 'method'):
         bad['meta']['dyrep_mm'][place] = value
     elif place == 'progress':
         bad['dyrep_mm'] = value
