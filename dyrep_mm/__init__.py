@@ -2,6 +2,7 @@
 
 from importlib import import_module
 
+from dyrep_mm.configs import config_path
 from dyrep_mm.evolution import gain as _gain  # noqa: F401, registers scores
 from dyrep_mm.evolution import metrics as _metrics  # noqa: F401, registers scores
 from dyrep_mm.evolution.saliency import register_score
@@ -27,6 +28,7 @@ __all__ = [
     'DyRepPretrained',
     'PlainVGG',
     '__version__',
+    'config_path',
     'expand',
     'fuse',
     'grow',
