@@ -8,7 +8,7 @@ PY := .venv/bin/python
 JOBS := $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 export PYTHONPATH :=
 
-.PHONY: setup cls demo lint test test-all soak clean
+.PHONY: setup cls demo lint test test-all soak dist clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready
@@ -95,6 +95,12 @@ SEQUENCES ?= 200
 soak: .venv/.ready
 	OMP_NUM_THREADS=1 DYREP_KILLS=$(KILLS) DYREP_SEQUENCES=$(SEQUENCES) $(PY) -m pytest -m "" \
 	    --timeout 0 tests/engine/test_kill.py tests/surgery/test_sequences.py
+
+# A source archive, and the wheel that is built from it.
+dist: .venv/.ready
+	rm -rf dist
+	$(PY) -m build --no-isolation --outdir dist
+	$(PY) -m twine check --strict dist/*
 
 clean:
 	rm -rf .venv .venv-cls data/digits $(dir $(STAGE_C)) $(dir $(STAGE_D)) $(DEMO)

@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import Any
 
+from dyrep_mm.configs import config_path
 from dyrep_mm.evolution import gain as _gain  # noqa: F401, registers scores
 from dyrep_mm.evolution import metrics as _metrics  # noqa: F401, registers scores
 from dyrep_mm.evolution.saliency import register_score
@@ -30,6 +31,7 @@ __all__ = [
     'PlainVGG',
     'RepNASHook',
     '__version__',
+    'config_path',
     'expand',
     'fuse',
     'grow',

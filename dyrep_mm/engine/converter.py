@@ -213,7 +213,7 @@ def fuse_checkpoint(
             holds no structure or a number that is not finite, no image is found that the model
             takes, the fused model differs, or the checkpoint holds other fused weights.
     """
-    sizes = None if size is None else [_check_size(size)]
+    sizes = None if size is None else [check_size(size)]
     if not 0 <= tolerance < math.inf:
         raise DyRepError(f'tolerance is a finite number of at least 0, got {tolerance}')
     _check_out(out, checkpoint)
@@ -327,7 +327,7 @@ def find_passes(
     """
     found: list[tuple[Tensor, Passes]] = []
     trouble = []
-    for size in dict.fromkeys(map(_check_size, sizes)):
+    for size in dict.fromkeys(map(check_size, sizes)):
         shape = (2, image_channels(plain, size), *size)
         try:
             inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
@@ -424,7 +424,12 @@ def _drop_initialisers(part: Any) -> None:
             _drop_initialisers(value)
 
 
-def _check_size(size: int | Sequence[int]) -> tuple[int, int]:
+def check_size(size: int | Sequence[int]) -> tuple[int, int]:
+    """``size`` as height and width, pixels.
+
+    Raises:
+        DyRepError: it is neither a number nor two of them, or one is below 1.
+    """
     pair = (size, size) if isinstance(size, int) else tuple(size)
     pair = pair * 2 if len(pair) == 1 else pair
     if len(pair) != 2 or min(pair) < 1:
