@@ -1,13 +1,14 @@
 # make demo   train, grow, prune, evaluate, fuse and verify a real detector on the CPU
 # make test   lint and the test suite; make test-all adds the slow tests
-# Both set up .venv first. Finished steps are not done again; `make clean` forgets them.
+# make docs   the documentation as a site: build/docs/index.html
+# All set up .venv first. Finished steps are not done again; `make clean` forgets them.
 
 PYTHON ?= python3
 PY := .venv/bin/python
 JOBS := $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 export PYTHONPATH :=
 
-.PHONY: setup demo lint test test-all soak clean
+.PHONY: setup demo lint test test-all soak docs clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready
@@ -74,5 +75,14 @@ soak: .venv/.ready
 	OMP_NUM_THREADS=1 DYREP_KILLS=$(KILLS) DYREP_SEQUENCES=$(SEQUENCES) $(PY) -m pytest -m "" \
 	    --timeout 0 tests/engine/test_kill.py tests/surgery/test_sequences.py
 
+# Its packages join the same .venv; nothing else needs them.
+.venv/.docs: .venv/.ready requirements/docs.txt
+	$(PY) -m pip install -q -c requirements/build.txt -r requirements/docs.txt
+	touch $@
+
+docs: .venv/.docs
+	$(PY) -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "The site: build/docs/index.html"
+
 clean:
-	rm -rf .venv data/digits $(dir $(STAGE_C)) $(dir $(STAGE_D)) $(DEMO)
+	rm -rf .venv build/docs data/digits $(dir $(STAGE_C)) $(dir $(STAGE_D)) $(DEMO)
