@@ -1,6 +1,7 @@
 # make demo   train, grow, prune, evaluate, fuse and verify a real detector on the CPU
 # make test   lint and the test suite; make test-all adds the slow tests
-# Both set up .venv first; make cls sets up .venv-cls, for classification alone. Finished steps are not
+# make docs   the documentation as a site: build/docs/index.html
+# All set up .venv first; make cls sets up .venv-cls, for classification alone. Finished steps are not
 # done again; `make clean` forgets them.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ PY := .venv/bin/python
 JOBS := $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 export PYTHONPATH :=
 
-.PHONY: setup cls demo lint test test-all soak dist clean
+.PHONY: setup cls demo lint test test-all soak docs dist clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready
@@ -102,5 +103,14 @@ dist: .venv/.ready
 	$(PY) -m build --no-isolation --outdir dist
 	$(PY) -m twine check --strict dist/*
 
+# Its packages join the same .venv; nothing else needs them.
+.venv/.docs: .venv/.ready requirements/docs.txt
+	$(PY) -m pip install -q -c requirements/build.txt -r requirements/docs.txt
+	touch $@
+
+docs: .venv/.docs
+	$(PY) -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "The site: build/docs/index.html"
+
 clean:
-	rm -rf .venv .venv-cls data/digits $(dir $(STAGE_C)) $(dir $(STAGE_D)) $(DEMO)
+	rm -rf .venv .venv-cls build/docs data/digits $(dir $(STAGE_C)) $(dir $(STAGE_D)) $(DEMO)
