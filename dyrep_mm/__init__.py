@@ -19,12 +19,14 @@ _FOR_MMENGINE = {
     'DyRepPretrained': 'dyrep_mm.engine.pretrained',
     'DyRepConverter': 'dyrep_mm.engine.converter',
     'PlainVGG': 'dyrep_mm.backbones',
+    'ImagesInMemory': 'dyrep_mm.datasets',
 }
 
 __all__ = [
     'DyRepConverter',
     'DyRepHook',
     'DyRepPretrained',
+    'ImagesInMemory',
     'PlainVGG',
     '__version__',
     'expand',
