@@ -30,7 +30,7 @@ MAP = {
     ],
     'report': [
         *('words', 'history', 'logs', 'data', 'drawing', 'evolution', 'blocks', 'story'),
-        *('compare', 'page'),
+        *('compare', 'study', 'page'),
     ],
 }
 ORDER = [

@@ -26,7 +26,7 @@ from dyrep_mm.reparam.branches import (
     path_of,
 )
 from dyrep_mm.reparam.geometry import ConvSpec, Pair, output_size
-from dyrep_mm.reparam.kernels import Kernel, add, is_recorded, make_kernel, merge
+from dyrep_mm.reparam.kernels import Kernel, add, is_recorded, make_kernel, merge, precise
 from dyrep_mm.reparam.moments import BlockInput, Sample, Source
 from dyrep_mm.reparam.norms import (
     NormFactory,
@@ -406,8 +406,9 @@ class Block(nn.Module):
     @torch.no_grad()
     def compensate(self) -> None:
         """Take the kernels of the added branches out of ``kxk`` (Eq. 6)."""
-        kernel = add(map(kernel_of, self.added), self.kernel_size)
-        self.origin.weight.sub_(kernel.weight)
+        kernel = add(map(_exact_kernel, self.added), self.kernel_size)
+        weight = self.origin.weight
+        weight.copy_(weight - kernel.weight)
 
     @torch.no_grad()
     def settle(self, init_scale: float) -> None:
@@ -426,7 +427,7 @@ class Block(nn.Module):
             branch.unit.fill_(1)
             branch.bn.weight.fill_(scale)
             branch.bn.bias.zero_()
-            branch.bn.bias.sub_(branch.kernel().bias)
+            branch.bn.bias.copy_(-_exact_kernel(branch).bias)
             branch.unit.copy_(unit)
         self.compensate()
 
@@ -447,11 +448,13 @@ class Block(nn.Module):
                 )
         if not (names := list(dict.fromkeys(names))):
             return
-        weight, bias = add((self.branches[name].kernel() for name in names), self.kernel_size)
+        kernels = (_exact_kernel(self.branches[name]) for name in names)
+        kernel = add(kernels, self.kernel_size)
         for name in names:
             del self.branches[name]
-        self.origin.weight.add_(weight)
-        self._shift(bias)
+        weight = self.origin.weight
+        weight.copy_(weight + kernel.weight)
+        self._shift(kernel.bias)
 
     def _shift(self, bias: Tensor) -> None:
         """Add ``bias`` (out,) to the output of the block."""
@@ -477,8 +480,7 @@ class Block(nn.Module):
         """
         conv = copy.deepcopy(self.origin).train(self.training)
         dtype = conv.weight.dtype
-        # In float64, so that the only rounding is that of the result.
-        weight, bias = copy.deepcopy(self).double().kernel()
+        weight, bias = _exact_kernel(self)
         conv.weight.data = weight.to(dtype)
         if conv.bias is None and bias.any():
             gain_bias(conv)
@@ -499,6 +501,12 @@ class Block(nn.Module):
         self.__class__ = type(conv)
 
     reparameterize = switch_to_deploy
+
+
+def _exact_kernel(module: nn.Module) -> Kernel:
+    """Its kernel in double precision, so that the only rounding is that of where it goes: a GPU may
+    round products of single precision to TF32."""
+    return kernel_of(copy.deepcopy(module).to(precise(next(module.parameters()))))
 
 
 @contextmanager
