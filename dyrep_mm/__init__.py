@@ -22,12 +22,14 @@ _FOR_MMENGINE = {
     'DyRepConverter': 'dyrep_mm.engine.converter',
     'PlainVGG': 'dyrep_mm.backbones',
     'RepNASHook': 'dyrep_mm.engine.repnas',
+    'ImagesInMemory': 'dyrep_mm.datasets',
 }
 
 __all__ = [
     'DyRepConverter',
     'DyRepHook',
     'DyRepPretrained',
+    'ImagesInMemory',
     'PlainVGG',
     'RepNASHook',
     '__version__',

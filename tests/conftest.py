@@ -1,4 +1,4 @@
-"""What holds for all tests: one thread, and the same random numbers for each."""
+"""What holds for all tests: one thread, the same random numbers, a GPU for those that need one."""
 
 from __future__ import annotations
 
@@ -28,6 +28,10 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker('gpu'):
+                item.add_marker(pytest.mark.skip(reason='needs a GPU'))
 
 
 @pytest.fixture(scope='session', autouse=True)

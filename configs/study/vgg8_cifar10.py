@@ -13,7 +13,9 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, end=2, by_epoch=True, convert_to_iter_based=True),
     dict(type='CosineAnnealingLR', begin=2, by_epoch=True, convert_to_iter_based=True),
 ]
-train_cfg = dict(by_epoch=True, max_epochs=16, val_interval=1)
+train_cfg = dict(by_epoch=True, max_epochs=18, val_interval=3)
+train_dataloader = dict(batch_size=256)
+val_dataloader = dict(batch_size=1000)
 val_cfg = dict()
 test_cfg = dict()
-default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=2), logger=dict(interval=100))
+default_hooks = dict(checkpoint=dict(interval=3, max_keep_ckpts=1), logger=dict(interval=50))

@@ -11,6 +11,8 @@ from dyrep_mm.errors import DyRepError
 from dyrep_mm.report.data import read_runs
 from dyrep_mm.report.page import make_report
 from dyrep_mm.report.story import story
+from dyrep_mm.report.study import is_study, read_study
+from dyrep_mm.report.words import count
 
 
 def main() -> None:
@@ -20,7 +22,7 @@ def main() -> None:
         nargs='+',
         metavar='[LABEL=]WORK_DIR',
         help='work directory of a run, also of one that is going on, or a checkpoint; several are '
-        'laid side by side, plain runs too',
+        'laid side by side, plain runs too. Or the folder of a study, or its study.jsonl',
     )
     parser.add_argument('--out', default='report.html', help='HTML file to write')
     parser.add_argument('--figures', help='folder for an SVG and a PNG file of each figure')
@@ -40,12 +42,16 @@ def main() -> None:
     with sentence('report'):
         check_out(args.out, '.html', '.htm')
         check_out(args.story, '.svg')
-        runs = read_runs(args.runs, trust=args.trust)
-        report = make_report(runs, metric=args.metric, title=args.title)
+        studies = {source: read_study(source) for source in args.runs if is_study(source)}
+        sources = [source for source in args.runs if source not in studies]
+        runs = read_runs(sources, trust=args.trust) if sources else []
+        report = make_report(runs, studies=studies, metric=args.metric, title=args.title)
         for drawn in track(report.all_pictures(), 'drawing figures'):
             drawn.svg()  # is kept
         Path(args.out).write_text(report.html())
-        print(f'{args.out}: {len(report.all_pictures())} figures of {len(runs)} runs')
+        read = [count(len(runs), 'run')] if runs else []
+        read += [count(len(studies), 'study')] if studies else []
+        print(f'{args.out}: {count(len(report.all_pictures()), "figure")} of {" and ".join(read)}')
         if args.story is not None:
             picture = next(filter(None, map(story, runs)), None)
             if picture is None:

@@ -26,7 +26,7 @@ from dyrep_mm.reparam.branches import (
     path_of,
 )
 from dyrep_mm.reparam.geometry import ConvSpec, Pair, output_size
-from dyrep_mm.reparam.kernels import Kernel, add, is_recorded, make_kernel, merge
+from dyrep_mm.reparam.kernels import Kernel, add, is_recorded, make_kernel, merge, precise
 from dyrep_mm.reparam.moments import BlockInput, Sample, Source
 from dyrep_mm.reparam.norms import (
     NormFactory,
@@ -444,8 +444,9 @@ class Block(nn.Module):
     @torch.no_grad()
     def compensate(self) -> None:
         """Take the kernels of the added branches out of ``kxk`` (Eq. 6)."""
-        kernel = add(map(kernel_of, self.added), self.kernel_size)
-        self.origin.weight.sub_(kernel.weight)
+        kernel = add(map(_exact_kernel, self.added), self.kernel_size)
+        weight = self.origin.weight
+        weight.copy_(weight - kernel.weight)
 
     @torch.no_grad()
     def settle(self, init_scale: float) -> None:
@@ -464,7 +465,7 @@ class Block(nn.Module):
             branch.unit.fill_(1)
             branch.bn.weight.fill_(scale)
             branch.bn.bias.zero_()
-            branch.bn.bias.sub_(branch.kernel().bias)
+            branch.bn.bias.copy_(-_exact_kernel(branch).bias)
             branch.unit.copy_(unit)
         self.compensate()
 
@@ -487,10 +488,10 @@ class Block(nn.Module):
             return
         gone = [self.branches.pop(name) for name in names]
         # One that is off adds nothing.
-        if kernels := [kernel_of(branch) for branch in gone if branch.is_on]:
-            weight, bias = add(kernels, self.kernel_size)
-            self.origin.weight.add_(weight)
-            self._shift(bias)
+        if kernels := [_exact_kernel(branch) for branch in gone if branch.is_on]:
+            kernel, weight = add(kernels, self.kernel_size), self.origin.weight
+            weight.copy_(weight + kernel.weight)
+            self._shift(kernel.bias)
 
     def _shift(self, bias: Tensor) -> None:
         """Add ``bias`` (out,) to the output of the block."""
@@ -517,8 +518,7 @@ class Block(nn.Module):
         """
         conv = copy.deepcopy(self.origin).train(self.training)
         dtype = conv.weight.dtype
-        # In float64, so that the only rounding is that of the result.
-        weight, bias = copy.deepcopy(self).double().kernel()
+        weight, bias = _exact_kernel(self)
         conv.weight.data = weight.to(dtype)
         if conv.bias is None and bias.any():
             gain_bias(conv)
@@ -539,6 +539,12 @@ class Block(nn.Module):
         self.__class__ = cast(Any, type(conv))
 
     reparameterize = switch_to_deploy
+
+
+def _exact_kernel(module: nn.Module) -> Kernel:
+    """Its kernel in double precision, so that the only rounding is that of where it goes: a GPU may
+    round products of single precision to TF32."""
+    return kernel_of(copy.deepcopy(module).to(precise(next(module.parameters()))))
 
 
 @contextmanager

@@ -53,6 +53,11 @@ class Stage(NamedTuple):
     norm: Norm | None = None
 
 
+def precise(x: Tensor) -> torch.dtype:
+    """Double precision, where the device of ``x`` has it."""
+    return x.dtype if x.device.type == 'mps' else torch.float64
+
+
 def is_recorded() -> bool:
     """Whether a trace, an export or a compiler records what runs: then operations of torch alone
     run, for a Function of our own means nothing to whoever reads the record."""

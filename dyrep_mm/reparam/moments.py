@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from dyrep_mm.reparam.geometry import ConvSpec, average_pool, crop, output_size, pad, subsample
-from dyrep_mm.reparam.kernels import Kernel, chain, fold_bn, is_recorded
+from dyrep_mm.reparam.kernels import Kernel, chain, fold_bn, is_recorded, precise
 from dyrep_mm.reparam.norms import tracked
 
 
@@ -88,11 +88,6 @@ class Average(Kernel):
     """The kernel of an average pooling, one filter per channel."""
 
 
-def _precise(x: Tensor) -> torch.dtype:
-    """Double precision, where the device of ``x`` has it."""
-    return x.dtype if x.device.type == 'mps' else torch.float64
-
-
 class _Scatter(torch.autograd.Function):
     """Mean (channels,) and scatter (groups, c, c) of the channels of a map, ``c`` in a group, both
     in double precision.
@@ -107,7 +102,7 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         flat = x.flatten(2)
-        mean = flat.mean((0, 2), dtype=_precise(x))
+        mean = flat.mean((0, 2), dtype=precise(x))
         # Centred first: a difference of large sums would lose the variance to rounding.
         centred = (flat - mean.to(x.dtype)[:, None]).to(mean.dtype).unflatten(1, (groups, -1))
         scatter = torch.matmul(centred, centred.transpose(-1, -2)).sum(0)

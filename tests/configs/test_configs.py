@@ -101,7 +101,10 @@ def check_pipelines(cfg: Config) -> None:
     """Build every transform that the config names."""
     init_default_scope(cfg.default_scope)
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
-        for transform in loader.dataset.pipeline:
+        source = loader.dataset
+        while 'pipeline' not in source:  # images in memory
+            source = source.dataset
+        for transform in source.pipeline:
             TRANSFORMS.build(transform)
 
 
