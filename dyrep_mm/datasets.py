@@ -48,12 +48,12 @@ class ImagesInMemory(Dataset):
     def __init__(
         self, dataset: dict, padding: int = 0, flip: bool = False, test_mode: bool = False
     ):
-        source = SOURCES.build(dataset)
+        source = SOURCES.build({'_scope_': 'mmpretrain', **dataset})
         items = [source[index] for index in range(len(source))]
         if len({item['img'].shape for item in items}) > 1:
             raise DyRepError('ImagesInMemory needs images of one size')
-        images = np.stack([item['img'] for item in items])
-        images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        stacked = np.stack([item['img'] for item in items])
+        images = torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
         self.size = images.shape[2:]
         self.images = pad(images, (padding,) * 4)
         self.labels = torch.tensor([item['gt_label'] for item in items])

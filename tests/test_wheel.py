@@ -16,11 +16,7 @@ from PIL import Image
 
 from dyrep_mm.version import __version__
 from support.processes import ROOT, call
-
-#: What a build reads and a checkout has; the archive must hold it too.
-SOURCES = ['dyrep_mm', 'configs', 'tools', 'requirements', 'setup.py', 'pyproject.toml']
-SOURCES += ['MANIFEST.in', 'README.md', 'LICENSE', 'CHANGELOG.md', 'requirements.txt']
-SOURCES += ['model-index.yml']
+from support.wheels import copy_sources
 
 
 def build(source: Path, kind: str, out: Path) -> Path:
@@ -36,11 +32,7 @@ def build(source: Path, kind: str, out: Path) -> Path:
 def dist(tmp_path_factory) -> tuple[Path, Path]:
     """The archive of this checkout, and the wheel that is built from the archive."""
     folder = tmp_path_factory.mktemp('dist')
-    checkout = folder / 'checkout'
-    checkout.mkdir()
-    for name in SOURCES:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, checkout / name)
+    checkout = copy_sources(folder / 'checkout')
     archive = build(checkout, 'sdist', folder / 'sdist')
     shutil.unpack_archive(archive, folder / 'unpacked', filter='data')
     (unpacked,) = (folder / 'unpacked').iterdir()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmengine.hooks import EMAHook, Hook
@@ -246,7 +246,8 @@ class StructureHook(Hook):
             self._learn_costs(transaction)
         self._know_costs(model)
         on_step = partial(self._on_step, runner)
-        self._handles.append(optimizer_of(runner).register_step_pre_hook(on_step))
+        optimizer = cast(torch.optim.Optimizer, optimizer_of(runner))
+        self._handles.append(optimizer.register_step_pre_hook(on_step))
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         self._steps.begin()
@@ -353,7 +354,7 @@ class StructureHook(Hook):
 
     def _learn_costs(self, transaction: Transaction) -> None:
         record = self._record
-        if record.images is not None:  # else no layer was called
+        if record.images is not None and record.sizes is not None:  # else no layer was called
             self.costs.learn(record.sizes, record.images, record.autocast, transaction.copies)
 
     def _refuse_others(self, runner: Runner) -> None:

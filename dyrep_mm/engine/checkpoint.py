@@ -198,7 +198,8 @@ def below(prefix: str, names: Mapping[str, Any]) -> dict[str, Any]:
 def _in_message_hub() -> list[Any]:
     """What the pickle of a message hub refers to, as the maintained line of mmengine lists it:
     buffers with arrays in them, and their methods."""
-    make, (array, *_) = numpy.arange(0).__reduce__()[:2]
+    reduced: Any = numpy.arange(0).__reduce__()
+    make, (array, *_) = reduced[:2]
     scalar = numpy.float64(0).__reduce__()[0]
     return [HistoryBuffer, getattr, make, array, numpy.dtype, scalar]
 

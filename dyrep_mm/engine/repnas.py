@@ -91,6 +91,9 @@ class RepNASHook(StructureHook):
 
     method = 'RepNAS'
 
+    rule: RepNASRule
+    schedule: SearchSchedule
+
     other_scores = (
         'the checkpoint has no search among these branches; their search starts anew in the phase '
         'that the run is in'
@@ -236,7 +239,7 @@ class RepNASHook(StructureHook):
         super()._learn_costs(transaction)
         if self._gates is None or not isinstance(self.budget, KeepCost):
             return
-        model, sizes = transaction.model, self._record.sizes
+        model, sizes = transaction.model, self._record.sizes or {}
         costs, plain = branch_costs(model, sizes), multiply_adds(model, sizes, plain=True)
         added = [costs.get(path, {}).get(name, math.inf) for path, name in self.rule.places]
         self.budget.costs = torch.tensor(added, dtype=torch.float64) / plain

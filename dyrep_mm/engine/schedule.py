@@ -189,18 +189,18 @@ class SearchSchedule(Schedule):
         Args:
             passed: Epochs or iterations that are complete.
         """
-        return (passed - self.warmup) / (self.end - self.warmup)
+        return (passed - self.warmup) / (cast(int, self.end) - self.warmup)
 
     def due(self, last: int) -> int:
         """Epoch or iteration whose end the next update waits for, see :meth:`Schedule.due`."""
         if last < self.warmup:
             return self.warmup
-        next_look = self.end if self.interval is None else super().due(last)
-        return min(next_look, self.end)
+        end = cast(int, self.end)
+        return end if self.interval is None else min(super().due(last), end)
 
     def is_over(self, runner: Runner, last: int) -> bool:
         """Whether the path is fixed."""
-        return last >= self.end
+        return last >= cast(int, self.end)
 
 
 class UpdateCost:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -235,16 +235,16 @@ class RepNASRule:
 
     def draw(self) -> tuple[list[bool], Tensor | None]:
         """The mask of an iteration and, behind the warm-up, the gates of what is on."""
-        mask, gates = self.sampler.draw()
+        mask, gates = cast(Sampler, self.sampler).draw()
         return mask, (gates if self.progress >= 0 else None)
 
     def best(self) -> list[bool]:
         """The mask without noise, to test and to keep."""
-        return self.sampler.best()
+        return cast(Sampler, self.sampler).best()
 
     def forget(self) -> None:
         """Drop the gradients of alphas: a step has taken them, or has not come."""
-        self.sampler.alphas.grad = None
+        cast(Sampler, self.sampler).alphas.grad = None
 
     def decide(self, model: nn.Module, generator: Generator) -> Plan:
         """Tell the alphas; at the end, prune what is off without noise."""

@@ -111,7 +111,7 @@ def read_study(source: str) -> list[Row]:
     path = path / ROWS if path.is_dir() else path
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        wanted = {'config': str, 'seed': int, 'metric': str, 'value': (int, float)}
+        wanted: dict[str, Any] = {'config': str, 'seed': int, 'metric': str, 'value': (int, float)}
         for row in rows:
             for key, kind in wanted.items():
                 if not isinstance(row[key], kind):
@@ -164,8 +164,8 @@ def picture(methods: Sequence[Method], metric: str, name: str = 'study') -> Pict
     said = []
     for method in shown:
         text = f'{method.name}: {number(statistics.fmean(method.values), 4)}'
-        if method.difference:
-            text += ', {:+.2f} ± {:.2f} against {}'.format(*method.difference, shown[0].name)
+        if found := method.difference:
+            text += f', {found[0]:+.2f} ± {found[1]:.2f} against {shown[0].name}'
         said.append(f'{text}.')
     return Picture(
         name,

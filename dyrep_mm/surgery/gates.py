@@ -9,6 +9,7 @@ search. The units themselves lie beside the weights, for a resume.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class Gates:
         ]
         blocks = [blocks_of(module) for module in (model, *averages)]
         self._branches: list[list[Branch]] = [
-            [found[path].branches[name] for found in blocks for path, name in same]
+            [cast(Branch, found[path].branches[name]) for found in blocks for path, name in same]
             for same in self._inside
         ]
         self._parameters = [list(branches[0].parameters()) for branches in self._branches]
@@ -129,7 +130,9 @@ def open_in(state: dict[str, Tensor], units: Mapping[str, Tensor], prefix: str =
 def closed_in(model: nn.Module) -> dict[str, list[str]]:
     """The branches whose unit is zero, by path of their block: a file had them off."""
     closed = {
-        path: [name for name in block.names[1:] if not block.branches[name].unit.any()]
+        path: [
+            name for name in block.names[1:] if not cast(Branch, block.branches[name]).unit.any()
+        ]
         for path, block in blocks_of(model).items()
     }
     return {path: names for path, names in closed.items() if names}

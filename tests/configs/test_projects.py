@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import pytest
 from mmengine.config import Config
 
 from dyrep_mm.engine.checkpoint import load_checkpoint
-from support.processes import ROOT, call, environment, run_script, run_tool
+from support.processes import call, environment, run_script, run_tool
+from support.wheels import copy_sources
 
 #: What all three projects train with; text style.
 SCHEDULE = """
@@ -97,11 +97,7 @@ METRIC = {'mmpretrain': 'accuracy/top1', 'mmdet': 'coco/bbox_mAP', 'mmseg': 'mIo
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory) -> Path:
     """A folder with what the wheel installs, and nothing else."""
-    source = tmp_path_factory.mktemp('source')
-    for name in ('setup.py', 'pyproject.toml', 'README.md', 'LICENSE'):
-        shutil.copy(ROOT / name, source)
-    ignore = shutil.ignore_patterns('__pycache__')
-    shutil.copytree(ROOT / 'dyrep_mm', source / 'dyrep_mm', ignore=ignore)
+    source = copy_sources(tmp_path_factory.mktemp('source') / 'checkout')
     site = tmp_path_factory.mktemp('site')
     pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check']
     build = ['wheel', '--no-deps', '--no-build-isolation', '--no-index', '-w', source / 'dist']
