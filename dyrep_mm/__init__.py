@@ -1,7 +1,9 @@
 """DyRep for OpenMMLab: convs that grow into multi-branch blocks while a model trains."""
 
 from importlib import import_module
+from typing import Any
 
+from dyrep_mm.configs import config_path
 from dyrep_mm.evolution import gain as _gain  # noqa: F401, registers scores
 from dyrep_mm.evolution import metrics as _metrics  # noqa: F401, registers scores
 from dyrep_mm.evolution.saliency import register_score
@@ -19,14 +21,19 @@ _FOR_MMENGINE = {
     'DyRepPretrained': 'dyrep_mm.engine.pretrained',
     'DyRepConverter': 'dyrep_mm.engine.converter',
     'PlainVGG': 'dyrep_mm.backbones',
+    'RepNASHook': 'dyrep_mm.engine.repnas',
+    'ImagesInMemory': 'dyrep_mm.datasets',
 }
 
 __all__ = [
     'DyRepConverter',
     'DyRepHook',
     'DyRepPretrained',
+    'ImagesInMemory',
     'PlainVGG',
+    'RepNASHook',
     '__version__',
+    'config_path',
     'expand',
     'fuse',
     'grow',
@@ -39,7 +46,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _FOR_MMENGINE:
         return getattr(import_module(_FOR_MMENGINE[name]), name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

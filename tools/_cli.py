@@ -1,9 +1,6 @@
 """What the command line tools share."""
 
 import argparse
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,31 +9,21 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from dyrep_mm.cli.common import check_out, sentence
 from dyrep_mm.engine.checkpoint import load_checkpoint, structure_in
 from dyrep_mm.engine.converter import read_config
 from dyrep_mm.engine.stock import from_stock, is_stock
 from dyrep_mm.errors import DyRepError
 
-
-def check_out(path: str | None, *suffixes: str, option: str = '--out') -> None:
-    """Refuse a file to write, before the work, where it could not be written after it."""
-    if path is None:
-        return
-    if suffixes and not path.endswith(suffixes):
-        raise DyRepError(f'{option} must end in {" or ".join(suffixes)}, got {path}')
-    if Path(path).is_dir():
-        raise DyRepError(f'{option} {path} is a folder: name the file to write')
-    if not (folder := Path(path).resolve().parent).is_dir():
-        raise DyRepError(f'{folder} is no folder to write {Path(path).name} into')
-
-
-@contextmanager
-def sentence(program: str) -> Iterator[None]:
-    """End with one sentence on what the user can mend; bugs keep their traceback."""
-    try:
-        yield
-    except DyRepError as error:
-        sys.exit(f'{program}: {error}')
+__all__ = [
+    'add_common',
+    'build_runner',
+    'check_local',
+    'check_out',
+    'has_hook',
+    'load_config',
+    'sentence',
+]
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -98,8 +85,12 @@ def check_local(path: str | None, config: Config) -> None:
         )
 
 
+#: What the names of our hooks end with.
+HOOK_NAMES = ('DyRepHook', 'RepNASHook')
+
+
 def has_hook(config: Config) -> bool:
-    """Whether a DyRepHook is among the hooks of a config."""
+    """Whether a hook that rebuilds a structure is among those of a config."""
     hooks = [*config.get('default_hooks', {}).values(), *(config.get('custom_hooks') or [])]
     types = (hook.get('type') for hook in hooks if hook)
-    return any(str(getattr(t, '__name__', t)).endswith('DyRepHook') for t in types)
+    return any(str(getattr(t, '__name__', t)).endswith(HOOK_NAMES) for t in types)

@@ -1,60 +1,6 @@
-"""Show runs as one page: ``tools/report.py WORK_DIR [WORK_DIR ...] --out report.html``."""
+"""Show runs as one page; installed, it is ``dyrep-report``."""
 
-import argparse
-from pathlib import Path
-
-from _cli import check_out, sentence
-
-from dyrep_mm.engine.progress import track
-from dyrep_mm.errors import DyRepError
-from dyrep_mm.report.data import read_runs
-from dyrep_mm.report.page import make_report
-from dyrep_mm.report.story import story
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        'runs',
-        nargs='+',
-        metavar='[LABEL=]WORK_DIR',
-        help='work directory of a run, also of one that is going on, or a checkpoint; several are '
-        'laid side by side, plain runs too',
-    )
-    parser.add_argument('--out', default='report.html', help='HTML file to write')
-    parser.add_argument('--figures', help='folder for an SVG and a PNG file of each figure')
-    parser.add_argument(
-        '--story',
-        help='SVG file of one block from conv to conv: the one that changed most in the first run '
-        'that has any',
-    )
-    parser.add_argument('--metric', help='validation metric to show, as in the log')
-    parser.add_argument('--title', help='title of the page')
-    parser.add_argument(
-        '--trust',
-        action='store_true',
-        help='load checkpoints that hold more than plain data; such a file can run code',
-    )
-    args = parser.parse_args()
-    with sentence('report'):
-        check_out(args.out, '.html', '.htm')
-        check_out(args.story, '.svg')
-        runs = read_runs(args.runs, trust=args.trust)
-        report = make_report(runs, metric=args.metric, title=args.title)
-        for picture in track(report.all_pictures(), 'drawing figures'):
-            picture.svg()  # is kept
-        Path(args.out).write_text(report.html())
-        print(f'{args.out}: {len(report.all_pictures())} figures of {len(runs)} runs')
-        if args.story is not None:
-            picture = next(filter(None, map(story, runs)), None)
-            if picture is None:
-                raise DyRepError('--story has no block to draw: none has grown')
-            Path(args.story).write_text(picture.svg_file())
-            print(args.story)
-        if args.figures is not None:
-            files = report.write_figures(Path(args.figures))
-            print(f'{args.figures}: {len(files)} files')
-
+from dyrep_mm.cli.report import main
 
 if __name__ == '__main__':
     main()

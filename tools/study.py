@@ -31,6 +31,8 @@ from dyrep_mm.engine.converter import read_config
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.report.data import Run, best_of, read_run, share_plain_costs
 from dyrep_mm.report.logs import read_log
+from dyrep_mm.report.study import ROWS, methods_of
+from dyrep_mm.report.study import table as table_of
 
 TRAIN = Path(__file__).with_name('train.py')
 
@@ -205,69 +207,20 @@ def read_rows(cells: list[Cell], metric: str | None) -> list[dict[str, Any]]:
     return rows
 
 
-def interval(differences: list[float]) -> tuple[float, float] | None:
-    """Mean of paired differences, and half the width of its 95% interval (Student's t); None for
-    fewer than two pairs."""
-    if len(differences) < 2:
-        return None
-    from scipy.stats import t  # mmdet brings it
-
-    error = statistics.stdev(differences) / len(differences) ** 0.5
-    return statistics.fmean(differences), float(t.ppf(0.975, len(differences) - 1)) * error
-
-
-def summary(rows: list[dict[str, Any]], configs: list[str]) -> PrettyTable:
-    """One line for each config; the first is what the others are compared with, seed by seed."""
-    by_cell = {(row['config'], row['seed']): row for row in rows}
-    table = PrettyTable(
-        [
-            *('config', 'seeds', rows[0]['metric'] if rows else 'metric', 'difference'),
-            *('training loss', 'G multiply-adds', 'at the end', 'M parameters', 'at the end '),
-            'time',
-        ]
-    )
-    table.align, table.align['config'] = 'r', 'l'
-    for config in configs:
-        own = [row for row in rows if row['config'] == config]
-        pairs = [(row, by_cell[configs[0], row['seed']]) for row in own
-                 if (configs[0], row['seed']) in by_cell]  # fmt: skip
-
-        def mean(name: str, scale: float = 1.0, rows: list[dict] = own) -> str:
-            values = [row[name] / scale for row in rows if row[name] is not None]
-            return f'{statistics.fmean(values):.3g}' if values else ''
-
-        values = [row['value'] for row in own]
-        spread = f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else ''
-        found = interval([row['value'] - first['value'] for row, first in pairs])
-        times = [row['seconds'] / first['seconds'] for row, first in pairs if row['seconds']]
-        table.add_row(
-            [
-                config,
-                len(own),
-                f'{statistics.fmean(values):.2f}{spread}' if values else '',
-                f'{found[0]:+.2f} ± {found[1]:.2f}' if found and config != configs[0] else '',
-                mean('loss'),
-                mean('multiply_adds', 1e9),
-                mean('final_multiply_adds', 1e9),
-                mean('parameters', 1e6),
-                mean('final_parameters', 1e6),
-                f'{statistics.median(times):.2f}' if times else '',
-            ]
-        )
-    return table
-
-
-def write_results(out: Path, cells: list[Cell], metric: str | None) -> PrettyTable:
-    """Write ``study.jsonl`` and ``summary.md``; returns the table."""
+def write_results(out: Path, cells: list[Cell], metric: str | None) -> None:
+    """Write ``study.jsonl`` and ``summary.md``, and print the table."""
     rows = read_rows(cells, metric)
     lines = ''.join(json.dumps(row) + '\n' for row in rows)
-    (out / 'study.jsonl').write_text(lines)
-    table = summary(rows, list(dict.fromkeys(cell.config.stem for cell in cells)))
+    (out / ROWS).write_text(lines)
+    methods = methods_of(rows, list(dict.fromkeys(cell.config.stem for cell in cells)))
+    columns, cells_of_table = table_of(methods, rows[0]['metric'] if rows else 'metric')
+    table = PrettyTable(columns)
+    table.align, table.align['config'] = 'r', 'l'
+    table.add_rows(cells_of_table)
     text = table.get_formatted_string('text')
     table.set_style(TableStyle.MARKDOWN)
     (out / 'summary.md').write_text(f'{table}\n')
     print(text)
-    return table
 
 
 def parse_args() -> argparse.Namespace:

@@ -184,7 +184,7 @@ def calibration_forward(runner: Runner) -> Callable[[Any], None]:
 
     A copy of the preprocessor is used: some keep a state, such as the present size of images.
     """
-    model = unwrap(runner.model)
+    model: Any = unwrap(runner.model)
     preprocessor = copy.deepcopy(model.data_preprocessor)
 
     def forward(batch: Any) -> None:
@@ -218,7 +218,8 @@ def mean_over_losses(
     """
     if not can_draw(runner):
         return None
-    model, total, count = unwrap(runner.model), None, 0
+    model: Any = unwrap(runner.model)
+    total, count = None, 0
     preprocessor = copy.deepcopy(model.data_preprocessor)
     with random_state_kept(seed), state_kept(model), torch.enable_grad():
         for batch in calibration_batches(runner, LOSSES, seed, before):

@@ -81,7 +81,9 @@ def structure_image(entry: Entry, importances: Mapping[str, Mapping[str, float]]
     from matplotlib.figure import Figure
 
     # Blocks that lost their last branch are convs again, and are shown once more.
-    ended = {path: {} for path in entry.pruned if path not in importances}
+    ended: Mapping[str, Mapping[str, float]] = {
+        path: {} for path in entry.pruned if path not in importances
+    }
     rows = {**importances, **ended}
     names = [ORIGIN, *BRANCHES]
     table = np.full((max(len(rows), 1), len(names)), np.nan)
@@ -111,8 +113,8 @@ def structure_image(entry: Entry, importances: Mapping[str, Mapping[str, float]]
                 axes.text(column, at, PRUNED, ha='center', va='center', fontsize=9)
             elif name in rows[path]:
                 tone = 'white' if value < top / 2 else 'black'
-                style = {'color': tone, 'ha': 'center', 'va': 'center', 'fontsize': 7}
-                axes.text(column, at, f'{value:.3g}', **style)
+                text = axes.text(column, at, f'{value:.3g}', color=tone, fontsize=7)
+                text.set(ha='center', va='center')
     axes.set_xticks(range(len(names)), names, fontsize=7)
     axes.set_yticks(range(len(rows)), labels, fontsize=7, fontfamily='monospace')
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)

@@ -195,6 +195,15 @@ def below(prefix: str, names: Mapping[str, Any]) -> dict[str, Any]:
     return {n.removeprefix(prefix): v for n, v in names.items() if n.startswith(prefix)}
 
 
+def _in_message_hub() -> list[Any]:
+    """What the pickle of a message hub refers to, as the maintained line of mmengine lists it:
+    buffers with arrays in them, and their methods."""
+    reduced: Any = numpy.arange(0).__reduce__()
+    make, (array, *_) = reduced[:2]
+    scalar = numpy.float64(0).__reduce__()[0]
+    return [HistoryBuffer, getattr, make, array, numpy.dtype, scalar]
+
+
 def load_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     """Read a checkpoint file onto the CPU.
 
@@ -210,7 +219,7 @@ def load_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     if not os.path.isfile(path):  # a name that no file can have is no error for it
         raise DyRepError(f'there is no checkpoint file {path}')
     # What mmengine's own message hub pickles to; the original line has no such list.
-    allowed = getattr(mmengine_checkpoint, 'get_torch_safe_globals', lambda: [HistoryBuffer])
+    allowed = getattr(mmengine_checkpoint, 'get_torch_safe_globals', _in_message_hub)
     try:
         with torch.serialization.safe_globals([*allowed(), *_NUMBERS]):
             checkpoint = torch.load(path, map_location='cpu', weights_only=not trust)

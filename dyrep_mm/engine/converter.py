@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmengine.config import Config
@@ -15,6 +15,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import HOOKS, MODELS, init_default_scope
 from torch import Tensor, nn
 
+from dyrep_mm.engine.base import StructureHook
 from dyrep_mm.engine.checkpoint import (
     grown_in,
     load_checkpoint,
@@ -23,7 +24,6 @@ from dyrep_mm.engine.checkpoint import (
     save_atomically,
     weights_of,
 )
-from dyrep_mm.engine.hook import DyRepHook
 from dyrep_mm.engine.passes import (
     Passes,
     first_line,
@@ -38,7 +38,7 @@ from dyrep_mm.engine.stock import BRANCHES, is_stock, norms_in, weights_said
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.evolution.record import KEY
 from dyrep_mm.registry import TASK_UTILS
-from dyrep_mm.reparam.block import gain_bias
+from dyrep_mm.reparam.block import gain_bias, origin_of
 from dyrep_mm.surgery.fuse import fuse, fused_state
 from dyrep_mm.surgery.outputs import Norms, following_norms
 from dyrep_mm.surgery.rewire import INIT_SCALE, expand, restore
@@ -73,8 +73,8 @@ class DyRepConverter:
         init_scale: float = INIT_SCALE,
     ):
         named = isinstance(structure, str) and structure in PRESETS
-        self.structure = structure if named else load_structure(structure)
-        self.options = {
+        self.structure: Any = structure if named else load_structure(structure)
+        self.options: dict[str, Any] = {
             'kernel_sizes': tuple(kernel_sizes),
             'scope': scope,
             'init_scale': init_scale,
@@ -86,8 +86,9 @@ class DyRepConverter:
 
     def fuse(self, model: nn.Module, inputs: Tensor | None = None) -> nn.Module:
         """A plain copy of ``model``, see :func:`dyrep_mm.fuse`."""
-        forward = None if inputs is None else Passes(model, inputs, altered(model))
-        return fuse(model, inputs, forward=forward)
+        if inputs is None:
+            return fuse(model)
+        return fuse(model, inputs, forward=Passes(model, inputs, altered(model)))
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def difference(
     pairs = [(passes(model, inputs), passes(fused, inputs))]
     for path in passes.unreached:
         block, conv = get_module(model, path), get_module(fused, path)
-        x = noise_for(block.in_channels, inputs)
+        x = noise_for(origin_of(block).in_channels, inputs)
         outputs = block(x), conv(x)
         for norm in norms.get(path, ())[:1]:
             outputs = get_module(model, norm)(outputs[0]), get_module(fused, norm)(outputs[1])
@@ -212,7 +213,7 @@ def fuse_checkpoint(
             holds no structure or a number that is not finite, no image is found that the model
             takes, the fused model differs, or the checkpoint holds other fused weights.
     """
-    sizes = None if size is None else [_check_size(size)]
+    sizes = None if size is None else [check_size(size)]
     if not 0 <= tolerance < math.inf:
         raise DyRepError(f'tolerance is a finite number of at least 0, got {tolerance}')
     _check_out(out, checkpoint)
@@ -326,7 +327,7 @@ def find_passes(
     """
     found: list[tuple[Tensor, Passes]] = []
     trouble = []
-    for size in dict.fromkeys(map(_check_size, sizes)):
+    for size in dict.fromkeys(map(check_size, sizes)):
         shape = (2, image_channels(plain, size), *size)
         try:
             inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
@@ -378,13 +379,17 @@ def check_finite(model: nn.Module, source: str | Path) -> None:
         )
 
 
+#: What the names of our hooks, of those that derive from them, and of our initialiser end with.
+OUR_NAMES = ('DyRepHook', 'RepNASHook', 'DyRepPretrained')
+
+
 def names_dyrep(kind: Any) -> bool:
     """Whether the ``type`` in a config is of DyRep, or a hook that derives from DyRep's."""
     if isinstance(kind, str):
-        if kind.startswith('dyrep_mm.') or kind.endswith(('DyRepHook', 'DyRepPretrained')):
+        if kind.startswith('dyrep_mm.') or kind.endswith(OUR_NAMES):
             return True
         kind = HOOKS.get(kind)
-    return isinstance(kind, type) and issubclass(kind, (DyRepHook, DyRepPretrained))
+    return isinstance(kind, type) and issubclass(kind, (StructureHook, DyRepPretrained))
 
 
 def plain_config(config: Config) -> Config:
@@ -419,7 +424,12 @@ def _drop_initialisers(part: Any) -> None:
             _drop_initialisers(value)
 
 
-def _check_size(size: int | Sequence[int]) -> tuple[int, int]:
+def check_size(size: int | Sequence[int]) -> tuple[int, int]:
+    """``size`` as height and width, pixels.
+
+    Raises:
+        DyRepError: it is neither a number nor two of them, or one is below 1.
+    """
     pair = (size, size) if isinstance(size, int) else tuple(size)
     pair = pair * 2 if len(pair) == 1 else pair
     if len(pair) != 2 or min(pair) < 1:
@@ -445,7 +455,7 @@ def _transplant(fused: nn.Module, plain: nn.Module, source: str | Path) -> list[
     names = plain.state_dict().keys()
     biased = [name.removesuffix('.bias') for name in fused.state_dict() if name not in names]
     for path in biased:
-        gain_bias(get_module(plain, path))
+        gain_bias(cast(nn.Conv2d, get_module(plain, path)))
     load_strictly(plain, fused.state_dict(), source)
     return biased
 

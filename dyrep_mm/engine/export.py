@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -105,7 +105,7 @@ def part_of(model: nn.Module) -> Part:
             f'{"backbone and neck" if has_neck else "backbone"} of {type(model).__name__}',
             f'{", ".join(heads)} and the choice of boxes, which mmdeploy exports',
             'features',
-            lambda model, images: model.extract_feat(images),
+            lambda model, images: cast(Any, model).extract_feat(images),
         )
     if 'mmseg.BaseSegmentor' in kinds:
         left_out = 'resizing to the image, and the largest logit'
@@ -135,7 +135,8 @@ class PoolingByProducts(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         if func is not F.adaptive_avg_pool2d:
             return result
         x = args[0] if args else kwargs['input']
@@ -273,10 +274,10 @@ def _traced(whole: _Whole, images: Tensor, checks: list[_Case]) -> tuple[bytes, 
             if any(other.shape[axis] != tensor.shape[axis] for other in seen)
         }
     # Later versions of torch choose another exporter by themselves.
-    chosen = (
+    chosen: dict[str, Any] = (
         {'dynamo': False} if 'dynamo' in inspect.signature(torch.onnx.export).parameters else {}
     )
-    file = io.BytesIO()
+    file: Any = io.BytesIO()  # takes one, says less
     with PoolingByProducts():
         torch.onnx.export(
             whole,

@@ -48,7 +48,8 @@ def with_presets(init: Callable) -> Callable:
             raise DyRepError(
                 f'preset must be {" or ".join(map(repr, OPTIONS_OF))} or None, got {preset!r}'
             )
-        more = {k: v for k, v in OPTIONS_OF.get(preset, {}).items() if k not in given}
+        fills = {} if preset is None else OPTIONS_OF[preset]
+        more = {k: v for k, v in fills.items() if k not in given}
         init(self, *args, **more, **options)
 
     return filled
@@ -90,6 +91,21 @@ def check_budget(max_cost: Any) -> float | None:
             'interval=None is what never grows'
         )
     return max_cost
+
+
+def check_part(name: str, value: Any) -> float:
+    """``value`` if it is a number above 0 and at most 1, else ``DyRepError``."""
+    if not 0 < check_number(name, value) <= 1:
+        raise DyRepError(f'{name} must be above 0 and at most 1, got {value}')
+    return value
+
+
+def check_ratio(name: str, value: Any) -> float:
+    """``value`` if it is a finite number above 1, the cost of the plain model, else
+    ``DyRepError``."""
+    if check_number(name, value) <= 1:
+        raise DyRepError(f'{name} must be above 1, the cost of the plain model, got {value}')
+    return value
 
 
 def check_seed(seed: Any) -> int | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from dyrep_mm.errors import DyRepError
+from dyrep_mm.reparam.block import origin_of
 from dyrep_mm.surgery.tree import get_module, modes_kept
 
 IMAGES, FEATURES, REGIONS, NOISE = 'images', 'features', 'regions', 'noise'
@@ -97,7 +98,8 @@ class Passes:
             for holder in holders
             for source in _sources(get_module(model, holder), features)
         ]
-        calls += [Call(holder, NOISE, get_module(model, path).in_channels) for holder in holders]
+        channels = origin_of(get_module(model, path)).in_channels
+        calls += [Call(holder, NOISE, channels) for holder in holders]
         for call in calls:
             if path in self.unreached:
                 self._try(model, call, partial(_output, model, call, inputs, features))
@@ -135,7 +137,7 @@ def features_of(model: nn.Module, inputs: Tensor) -> Any:
     """What the heads of ``model`` take: the output of its neck, or of its backbone where it has no
     neck; None where it has neither."""
     if hasattr(model, 'extract_feat'):
-        return model.extract_feat(inputs)
+        return cast(Any, model).extract_feat(inputs)
     seen: dict[str, Any] = {}
     handles = [
         child.register_forward_hook(lambda _m, _a, output, name=name: seen.update({name: output}))
@@ -249,9 +251,10 @@ def _output(model: nn.Module, call: Call, inputs: Tensor, features: Any) -> Any:
     elif call.source == NOISE:
         value = noise_for(call.channels, inputs)
     elif call.source == REGIONS:
-        value = adaptive_avg_pool2d(tensors_in(features)[0], module.roi_feat_size)
+        size = cast(Any, module).roi_feat_size
+        value = adaptive_avg_pool2d(tensors_in(features)[0], size)
     else:
-        value = tensors_in(features)[call.source]
+        value = tensors_in(features)[cast(int, call.source)]
     parameters = inspect.signature(module.forward).parameters.values()
     needed = [p for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
     return module(*[value] * max(len(needed), 1))

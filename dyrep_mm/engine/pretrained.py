@@ -14,6 +14,7 @@ from dyrep_mm.engine.transaction import Transaction
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.registry import WEIGHT_INITIALIZERS
 from dyrep_mm.reparam.branches import ORIGIN, fitting
+from dyrep_mm.reparam.geometry import pair
 from dyrep_mm.surgery.copies import with_copies
 from dyrep_mm.surgery.rewire import prune, restore
 from dyrep_mm.surgery.structure import Structure, structure_of
@@ -123,10 +124,10 @@ def _give(
     module: nn.Module, structure: Structure, state: dict[str, Tensor]
 ) -> dict[str, list[str]]:
     """Give ``module`` structure and weights; returns the branches that it had to absorb."""
-    geometry = {path: (c.stride, c.dilation) for path, c in _convs(module) if path in structure}
+    convs = {path: conv for path, conv in _convs(module) if path in structure}
+    geometry = {path: (pair(c.stride), pair(c.dilation)) for path, c in convs.items()}
     # Every branch is exact on a conv of stride and dilation 1.
-    for path in geometry:
-        conv = get_module(module, path)
+    for conv in convs.values():
         conv.stride = conv.dilation = (1, 1)
     restore(module, structure, state)
     own = module.state_dict().keys()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
@@ -55,7 +55,7 @@ def track(items: Iterable[Item], description: str, total: int | None = None) -> 
         description: Of the work.
         total: How many items there are at most; by default their length, if they have one.
     """
-    if total is None and hasattr(items, '__len__'):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with _display() as display:
         if display is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmengine.dist import broadcast, broadcast_object_list
@@ -26,7 +26,7 @@ from dyrep_mm.errors import DyRepError
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DDP and test-time-augmentation wrappers."""
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
+        model = cast(nn.Module, model.module)
     return model
 
 
@@ -56,7 +56,8 @@ def param_settings(runner: Runner) -> dict[nn.Parameter, dict[str, Any]]:
     now counts as if it trained: a hook may free it, or may not yet have done so after a resume.
     """
     config = runner.cfg.get('optim_wrapper')
-    if len(optimizer_of(runner).param_groups) < 2 or not isinstance(config, dict):
+    optimizer = optimizer_of(runner)
+    if optimizer is None or len(optimizer.param_groups) < 2 or not isinstance(config, dict):
         return {}
     model = unwrap(runner.model)
     frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
@@ -89,8 +90,9 @@ def make_generator(*key: Any) -> torch.Generator:
     return torch.Generator().manual_seed(make_seed(*key))
 
 
-def refuse_unsupported(runner: Any) -> None:
-    """Raise ``DyRepError`` if the model of this runner cannot change its shape."""
+def refuse_unsupported(runner: Any, hook: str = 'DyRepHook') -> None:
+    """Raise ``DyRepError`` if the model of this runner cannot change its shape, as ``hook``, by its
+    name, would have it."""
     refused = None
     if not isinstance(runner, Runner):
         refused = f'{type(runner).__name__}', "mmengine's Runner (runner_type='Runner')"
@@ -115,7 +117,7 @@ def refuse_unsupported(runner: Any) -> None:
     elif any(hasattr(unwrap(runner.model), name) for name in ('teacher', 'student')):
         refused = 'a teacher and a student in one model', 'one model'
     if refused:
-        raise DyRepError('DyRepHook does not work with {}; use {}'.format(*refused))
+        raise DyRepError('{} does not work with {}; use {}'.format(hook, *refused))
 
 
 def choose_resume(runner: Runner) -> None:

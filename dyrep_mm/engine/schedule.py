@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from typing import Any, cast
 
 from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_world_size
@@ -17,6 +17,9 @@ LEFT_OUT: Any = ...
 
 #: t of the paper, in epochs (section 5.1).
 INTERVAL = 5
+
+#: Phases of a search, in epochs, as in the public code of RepNAS: of 150 in all.
+PHASES = {'warmup': 15, 'fixed': 100}
 
 #: The part of the time that updates may take.
 SHARE = 0.1
@@ -64,15 +67,7 @@ class Schedule:
         Raises:
             DyRepError: the loop does not count so, or does not reach an update.
         """
-        epochs = isinstance(runner.train_loop, EpochBasedTrainLoop)
-        if self.by_epoch is None:
-            self.by_epoch = epochs
-        if self.by_epoch and not epochs:
-            raise DyRepError(
-                'by_epoch=True needs a training loop that counts epochs, '
-                f'got {type(runner.train_loop).__name__}: set by_epoch=False'
-            )
-        limit = runner.max_epochs if self.by_epoch else runner.max_iters
+        limit = self._fit_unit(runner)
         if self.interval is LEFT_OUT:
             if not self.by_epoch:
                 advice = sensible_interval(runner, calibration_batches)
@@ -86,6 +81,23 @@ class Schedule:
                 f'interval={self.interval} is never reached: training ends after {limit} '
                 f'{self.unit}s'
             )
+
+    def _fit_unit(self, runner: Runner) -> int:
+        """Settle what is counted; returns how many of these the training has."""
+        epochs = isinstance(runner.train_loop, EpochBasedTrainLoop)
+        if self.by_epoch is None:
+            self.by_epoch = epochs
+        if self.by_epoch and not epochs:
+            raise DyRepError(
+                'by_epoch=True needs a training loop that counts epochs, '
+                f'got {type(runner.train_loop).__name__}: set by_epoch=False'
+            )
+        return runner.max_epochs if self.by_epoch else runner.max_iters
+
+    @property
+    def changes(self) -> bool:
+        """Whether an update may ever come."""
+        return self.interval is not None
 
     @property
     def unit(self) -> str:
@@ -103,7 +115,8 @@ class Schedule:
         Args:
             last: Epochs or iterations that were complete at the last update.
         """
-        return (last // self.interval + 1) * self.interval
+        interval = cast(int, self.interval)  # asked only where there are updates
+        return (last // interval + 1) * interval
 
     def is_over(self, runner: Runner, last: int) -> bool:
         """Whether no update comes any more."""
@@ -126,6 +139,70 @@ class Schedule:
         return runner.optim_wrapper.should_update()
 
 
+class SearchSchedule(Schedule):
+    """The phases of a search: warm-up, search, and the fixed path, which lasts to the end.
+
+    There is an update where the warm-up ends, one where the path is fixed, and between them at the
+    multiples of ``interval``.
+
+    Args:
+        warmup: Epochs or iterations of random branches; :data:`LEFT_OUT`: the default.
+        fixed: Epochs or iterations with the path fixed; :data:`LEFT_OUT`: the default.
+        by_epoch: Whether all numbers are epochs; None: what the training loop counts.
+        interval: Epochs or iterations between two updates of the search; None: none there.
+    """
+
+    def __init__(self, warmup: int, fixed: int, by_epoch: bool | None, interval: int | None):
+        super().__init__(interval, by_epoch, None)
+        self.warmup = warmup
+        self.fixed = fixed
+
+    def fit(self, runner: Runner, calibration_batches: int) -> None:
+        """Settle what was left open, for the training loop of ``runner``.
+
+        Raises:
+            DyRepError: the loop does not count so, or is too short for the phases.
+        """
+        limit = self._fit_unit(runner)
+        for name, part in PHASES.items():
+            if getattr(self, name) is not LEFT_OUT:
+                continue
+            if not self.by_epoch:
+                advice = ', '.join(f'{n}={max(limit * p // 150, 1)}' for n, p in PHASES.items())
+                raise DyRepError(
+                    f'{name} has no default where iterations are counted: write, for example, '
+                    f'{advice} for the {limit} iterations of this training'
+                )
+            setattr(self, name, part)
+        if self.warmup + self.fixed >= limit:
+            raise DyRepError(
+                f'warmup={self.warmup} and fixed={self.fixed} leave nothing to search: training '
+                f'ends after {limit} {self.unit}s'
+            )
+        self.end = limit - self.fixed
+
+    changes = True
+
+    def progress(self, passed: int) -> float:
+        """Part of the search that is over, below 0 in the warm-up.
+
+        Args:
+            passed: Epochs or iterations that are complete.
+        """
+        return (passed - self.warmup) / (cast(int, self.end) - self.warmup)
+
+    def due(self, last: int) -> int:
+        """Epoch or iteration whose end the next update waits for, see :meth:`Schedule.due`."""
+        if last < self.warmup:
+            return self.warmup
+        end = cast(int, self.end)
+        return end if self.interval is None else min(super().due(last), end)
+
+    def is_over(self, runner: Runner, last: int) -> bool:
+        """Whether the path is fixed."""
+        return last >= cast(int, self.end)
+
+
 class UpdateCost:
     """Tells, once, when updates come too often for what they cost.
 
@@ -140,8 +217,8 @@ class UpdateCost:
 
     def __init__(self, runner: Runner, schedule: Schedule, calibration_batches: int):
         epoch = iterations_per_epoch(runner)
-        self.interval, self.unit = schedule.interval, schedule.unit
-        self.size = epoch if schedule.by_epoch else 1
+        self.interval, self.unit = cast(int, schedule.interval), schedule.unit
+        self.size = epoch if schedule.by_epoch and epoch is not None else 1
         self.limit = runner.max_epochs if schedule.by_epoch else runner.max_iters
         self.batches = calibration_batches if epoch is None else min(calibration_batches, epoch)
         self.sensible = sensible_interval(runner, self.batches)

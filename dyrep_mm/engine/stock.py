@@ -185,7 +185,7 @@ def _join(
     replaces; None if there is no place for one of ``tensors``."""
     blocks = set(structure_from_names(tensors))
     inside: dict[str, dict[str, Tensor]] = defaultdict(dict)  # of the outermost blocks
-    rest = {}
+    rest: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         outer = [path for path in upwards(name) if path in blocks]
         (inside[outer[-1]] if outer else rest)[prefix + name] = tensor
@@ -208,7 +208,7 @@ def _join(
     return (state if complete else None), made
 
 
-def _carry_versions(state: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+def _carry_versions(state: Any, other: Any) -> None:
     """Let ``other`` have the versions of modules that torch keeps on ``state``."""
     if hasattr(state, '_metadata'):
         there = {'', *(path for name in other for path in upwards(name.rpartition('.')[0]))}

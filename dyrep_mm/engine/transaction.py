@@ -245,7 +245,7 @@ class Transaction:
         seed = make_seed(*key, 'measuring')
         with random_state_kept(seed):
             forward = calibration_forward(self.runner)
-            remeasure(self.model, blocks, self._batches(seed), forward)
+            remeasure(self.model, blocks, self._batches(seed) or (), forward)
         if self.branch_norm != 'fixed':
             return
         for path, block in blocks.items():
@@ -266,7 +266,8 @@ class Transaction:
         seed = make_seed(*key, 'calibration')
         with random_state_kept(seed):
             forward = calibration_forward(self.runner)
-            reasons, calls = {}, {}
+            reasons: dict[str, str] = {}
+            calls: Mapping[str, int] = {}
             if (batches := self._batches(seed)) is not None:
                 first, batches = tee(batches)
                 # A preprocessor may write into a batch.
@@ -285,7 +286,7 @@ class Transaction:
                 refresh_averages(self.model)
                 if not self.calibration_batches:
                     return {}
-                refused = calibrate(self.model, blocks, batches, forward, calls)
+                refused = calibrate(self.model, blocks, batches or (), forward, calls)
                 reasons.update(refused)
                 return refused
 

@@ -65,7 +65,7 @@ class Budget:
                 if self.cost({}, cuts) <= self.limit:
                     break
                 cuts = _and(cuts, [cut])
-        return dict(cuts)
+        return _and(cuts, [])
 
     def spend(
         self,
@@ -95,14 +95,14 @@ class Budget:
                     grow[path] = form
                     break
         if grow or not count:
-            return grow, dict(cuts)
+            return grow, _and(cuts, [])
         weakest = list(self._weakest(cuts))
         for path in best:
             for form in forms[path]:
                 room = self._room({path: form}, cuts, weakest)
                 if room is not None:
                     return {path: form}, _and(cuts, room)
-        return {}, dict(cuts)
+        return {}, _and(cuts, [])
 
     def _room(
         self, grow: Structure, cuts: Cuts, weakest: list[tuple[str, str]]

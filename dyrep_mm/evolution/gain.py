@@ -25,7 +25,7 @@ from dyrep_mm.reparam.branches import BRANCHES, ORIGIN
 
 def gains_of(operation: Operation) -> dict[str, Tensor]:
     """Gain of each operation that a conv would get, by name, by its present gradient."""
-    kernel, grad = operation.kernel(), operation.weight.grad
+    kernel, grad = operation.kernel(), operation.grad
     if grad.dtype.itemsize < 4:  # squares
         kernel, grad = kernel.float(), grad.float()
     names = [name for name in operation.names if name != ORIGIN]

@@ -26,11 +26,11 @@ def synflow(operations: list[Operation]) -> Tensor:
         for p in group
         if p.grad is not None
     ]
-    sums: list[Tensor | None] = [None] * len(operations)
+    sums: dict[int, Tensor] = {}
     for i, values, grads in pairs:
         product = torch.dot(values, grads)
-        sums[i] = product if sums[i] is None else sums[i] + product
-    return torch.stack(sums)
+        sums[i] = sums[i] + product if i in sums else product
+    return torch.stack([sums[i] for i in range(len(operations))])
 
 
 def snip(weights: list[Tensor], grads: list[Tensor]) -> Tensor:
@@ -45,7 +45,7 @@ def grad_norm(weights: list[Tensor], grads: list[Tensor]) -> Tensor:
 
 
 def _weights_and_grads(operations: list[Operation]) -> tuple[list[Tensor], list[Tensor]]:
-    return [o.kernel() for o in operations], [o.weight.grad for o in operations]
+    return [o.kernel() for o in operations], [o.grad for o in operations]
 
 
 #: A signed sum below this part of the absolute sum is rounding, not a measurement.
@@ -146,8 +146,9 @@ def grasp(loss: Tensor, operations: list[Operation]) -> Tensor:
         ]
         products: tuple = (None,) * len(weights)
         if slopes:
-            _check_graph(sum(slopes))
-            products = torch.autograd.grad(sum(slopes), weights, allow_unused=True)
+            slope = sum(slopes[1:], slopes[0])
+            _check_graph(slope)
+            products = torch.autograd.grad(slope, weights, allow_unused=True)
     except RuntimeError as error:
         reason = str(error).strip().split('\n')[0]
         raise DyRepError(

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.reparam.branches import ORIGIN, kernel_of
+from dyrep_mm.reparam.block import Block
+from dyrep_mm.reparam.branches import ORIGIN, Branch, kernel_of
 from dyrep_mm.reparam.geometry import ConvSpec
 from dyrep_mm.reparam.kernels import add
 from dyrep_mm.surgery.structure import Structure
@@ -44,6 +45,17 @@ class Operation:
     beside: Tensor | None = None
     shares: tuple[nn.Parameter, ...] = ()
 
+    @property
+    def grad(self) -> Tensor:
+        """Gradient of the weight.
+
+        Raises:
+            DyRepError: there is none.
+        """
+        if self.weight.grad is None:
+            raise DyRepError('an operation is scored by its gradient, and has none')
+        return self.weight.grad
+
     def kernel(self) -> Tensor:
         """Weight of the plain conv that computes the same."""
         weight = self.weight.detach()
@@ -61,17 +73,17 @@ def operations_of(model: nn.Module, structure: Structure) -> dict[str, Operation
 
 
 def _operation(model: nn.Module, path: str, names: Sequence[str]) -> Operation:
-    conv, spec = get_module(model, path), ConvSpec.of(get_module(model, path))
-    inner, branches = f'.branches.{ORIGIN}', []
+    conv = cast(nn.Conv2d, get_module(model, path))
+    spec, inner = ConvSpec.of(conv), f'.branches.{ORIGIN}'
+    branches: list[Branch] = []
     while path.endswith(inner):  # a block in the place of a kxk sums up with the one around it
         path = path.removesuffix(inner)
-        branches += get_module(model, path).added
+        branches += cast(Block, get_module(model, path)).added
     kernels = [kernel_of(branch) for branch in branches]
     beside = add(kernels, spec.kernel_size).weight.to(conv.weight) if branches else None
     shares = [conv.bias, *(p for branch in branches for p in (branch.bn.weight, branch.bn.bias))]
-    return Operation(
-        conv.weight, spec, tuple(names), beside, tuple(p for p in shares if p is not None)
-    )
+    parameters: Any = conv.weight, tuple(p for p in shares if p is not None)  # all are Parameters
+    return Operation(parameters[0], spec, tuple(names), beside, parameters[1])
 
 
 def besides_in(operations: Operations) -> dict[str, Tensor]:

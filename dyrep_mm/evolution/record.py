@@ -14,6 +14,8 @@ from math import isfinite
 from numbers import Real
 from typing import Any
 
+from torch import Tensor
+
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.reparam.norms import BRANCH_NORMS
 from dyrep_mm.surgery.cost import Cost, Sizes, are_sizes
@@ -26,7 +28,7 @@ KEY = 'dyrep_mm'
 UNITS = ('epoch', 'iteration')
 
 #: Attributes of a Record that ``meta`` has; a resume alone needs the others.
-IN_META = ('structure', 'journal', 'plain', 'start', 'iteration', 'timing')
+IN_META = ('structure', 'journal', 'plain', 'start', 'iteration', 'timing', 'method')
 
 
 @dataclass(frozen=True)
@@ -134,14 +136,11 @@ class Entry:
             'branch' + 'es' * (self.branches != 1),
         )
         costs = [f'{self.blocks} {blocks}, {self.branches} {branches}']
-        if self.parameters is not None:
-            now, mean = self.parameters, self.average_parameters
-            base = plain and plain.parameters
-            costs.append(_compared('parameters', 'M', 1e6, now, average=mean, plain=base))
-        if self.multiply_adds is not None:
-            now, mean = self.multiply_adds, self.average_multiply_adds
-            base = plain and plain.multiply_adds
-            costs.append(_compared('multiply-adds', 'G', 1e9, now, average=mean, plain=base))
+        for name, unit, size in (('parameters', 'M', 1e6), ('multiply_adds', 'G', 1e9)):
+            now, mean = getattr(self, name), getattr(self, f'average_{name}')
+            if now is not None:
+                what, base = name.replace('_', '-'), None if plain is None else getattr(plain, name)
+                costs.append(_compared(what, unit, size, now, average=mean, plain=base))
         if self.cost_ratio is not None:
             costs.append(f'{self.cost_ratio:.3f} times the cost of plain')
         if 'step_seconds' in self.timing:
@@ -241,9 +240,10 @@ class Timing:
     @property
     def relative(self) -> float | None:
         """The time of training with all updates, relative to as many plain iterations."""
-        if not self.plain_seconds:
+        plain = self.plain_step
+        if not plain:
             return None
-        return (self.seconds + self.update_seconds) / (self.steps * self.plain_step)
+        return (self.seconds + self.update_seconds) / (self.steps * plain)
 
 
 @dataclass
@@ -269,6 +269,8 @@ class Record:
         iteration: Iterations that are complete.
         timing: What a clock measured.
         branch_norm: What the norms of branches normalised with, see docs/norms.md.
+        method: What a person calls the rule that decides: ``'DyRep'`` or ``'RepNAS'``.
+        units: Of branches that a search had off, by name, see :mod:`dyrep_mm.surgery.gates`.
     """
 
     structure: Structure | None = None
@@ -283,6 +285,8 @@ class Record:
     autocast: bool = False
     left_alone: dict[str, str] = field(default_factory=dict)
     branch_norm: str = 'batch'
+    method: str = 'DyRep'
+    units: dict[str, Any] = field(default_factory=dict)
     plain: Cost | None = None
     start: Cost | None = None
     iteration: int = 0
@@ -307,11 +311,13 @@ class Record:
     def average(self, name: str) -> float | None:
         """Average of ``parameters`` or ``multiply_adds`` over the iterations until now; None if a
         part of them is not known."""
-        moments = [0, *(entry.iteration for entry in self.journal), self.iteration]
-        values = [cost and getattr(cost, name) for cost in (self.start, *self.journal)]
-        if not self.iteration or None in moments or None in values:
+        updates = [entry.iteration for entry in self.journal if entry.iteration is not None]
+        costs: Any = (self.start, *self.journal)
+        values = [getattr(cost, name) for cost in costs if cost is not None]
+        values = [value for value in values if value is not None]
+        if not self.iteration or len(updates) < len(self.journal) or len(values) < len(costs):
             return None
-        lengths = [end - begin for begin, end in pairwise(moments)]
+        lengths = [end - begin for begin, end in pairwise([0, *updates, self.iteration])]
         return sum(n * value for n, value in zip(lengths, values, strict=True)) / self.iteration
 
     def averages(self) -> dict[str, Any]:
@@ -356,6 +362,7 @@ class Record:
         """Write into ``meta``, which publishing keeps, and beside it what a resume needs."""
         checkpoint['meta'][KEY] = {
             'version': __version__,
+            'method': self.method,
             'structure': self.structure,
             'journal': [asdict(entry) for entry in self.journal],
             'plain': None if self.plain is None else asdict(self.plain),
@@ -390,6 +397,7 @@ class Record:
             start=_read(Cost, said.get('start'), 'start'),
             iteration=said.get('iteration', 0),
             timing=_read(Timing, said.get('timing', {}), 'timing'),
+            method=said.get('method', 'DyRep'),
         )
         if 'iteration' not in said and type(meta.get('iter')) is int:
             record.iteration = meta['iter']
@@ -405,6 +413,10 @@ class Record:
         for path, reason in record.left_alone.items():
             _check(isinstance(path, str) and isinstance(reason, str), 'left_alone')
         _check(record.branch_norm in BRANCH_NORMS, 'branch_norm')
+        _check(isinstance(record.method, str), 'method')
+        _check(isinstance(record.units, Mapping), 'units')
+        for name, unit in record.units.items():
+            _check(isinstance(name, str) and isinstance(unit, Tensor) and unit.ndim == 1, 'units')
         if record.sizes is not None:
             _check(are_sizes(record.sizes), 'sizes')
         images = record.images

@@ -194,7 +194,7 @@ class DyRepRule:
         """What each conv would grow to."""
         if self.pick is None:
             return self.operations
-        count = None if self.pick == 'best' else self.pick
+        count = self.pick if isinstance(self.pick, int) else None  # 'best' takes what pays
         best = {path: best_names(gains, count) for path, gains in self.gains().items()}
         return {
             path: [name for name in names if name == ORIGIN or name in best.get(path, names)]
@@ -219,7 +219,7 @@ class DyRepRule:
         restore_besides(self._seen, state.get('beside'))
         if self._gain is not None and self._gain is not self.score:
             # Without one, as after a change of the option, the gain starts here.
-            self._gain.load_state_dict(state.get('gain'))
+            self._gain.load_state_dict(state.get('gain') or {})
         return True
 
 
@@ -289,13 +289,13 @@ def make_plan(
         remark: On the scores.
     """
     cuts: dict[str, list[str]] = {}
+    reasons: dict[str, dict[str, float]] = {}
     if threshold is not None:
         for path, values in importances.items():
             if weak := weak_branches(values, threshold, relative=relative, below=below):
-                cuts[path] = weak
-    reasons = {path: _reason(importances[path], threshold, below) for path in cuts}
+                cuts[path], reasons[path] = weak, _reason(values, threshold, below)
     usable = {path: score for path, score in scores.items() if math.isfinite(score)}
-    if cost is None:
+    if cost is None or max_cost is None:
         best = sorted(outside(usable, cuts), key=usable.__getitem__, reverse=True)
         grow = {path: operations[path] for path in best[:count]}
     else:
@@ -303,6 +303,7 @@ def make_plan(
         cuts = budget.keep(cuts)
         forms = {path: forms_of(operations[path], (gains or {}).get(path)) for path in usable}
         grow, cuts = budget.spend(usable, forms, cuts, count)
+    budgeted = {} if max_cost is None else {'max_cost': max_cost}
     prune = {path: cuts[path] for path in outside(cuts, cuts)}
     return Plan(
         grow=grow,
@@ -310,7 +311,7 @@ def make_plan(
         scores=dict(scores),
         importances={path: dict(values) for path, values in importances.items()},
         remark=remark,
-        reasons={path: reasons.get(path, {'max_cost': max_cost}) for path in prune},
+        reasons={path: reasons.get(path, budgeted) for path in prune},
     )
 
 

@@ -72,7 +72,7 @@ def register_score(name: str) -> Callable[[type], type]:
         if taken is not None and not same:
             raise DyRepError(f'score {name!r} is registered already')
         SCORES[name] = cls
-        cls.metric = name
+        cls.metric = name  # type: ignore[attr-defined]  # any class may be a score
         return cls
 
     return register
@@ -133,7 +133,7 @@ class GradientScore:
     def measure_all(self, operations: list[Operation]) -> Tensor:
         """As :meth:`measure`, for a score that needs more than weights and gradients."""
         weights = [operation.kernel() for operation in operations]
-        return self.measure(weights, [operation.weight.grad for operation in operations])
+        return self.measure(weights, [operation.grad for operation in operations])
 
     @torch.no_grad()
     def gather(self, loss_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:

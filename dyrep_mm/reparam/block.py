@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -26,12 +26,13 @@ from dyrep_mm.reparam.branches import (
     path_of,
 )
 from dyrep_mm.reparam.geometry import ConvSpec, Pair, output_size
-from dyrep_mm.reparam.kernels import Kernel, add, is_recorded, make_kernel, merge
+from dyrep_mm.reparam.kernels import Kernel, add, is_recorded, make_kernel, merge, precise
 from dyrep_mm.reparam.moments import BlockInput, Sample, Source
 from dyrep_mm.reparam.norms import (
     NormFactory,
     check_branch_norm,
     counts_other_processes,
+    several_processes,
     statistics_kept,
 )
 
@@ -43,7 +44,7 @@ def gain_bias(conv: nn.Conv2d) -> None:
     """Give a conv without bias one, of zeros, and mark it: the plain model has none there."""
     zeros = conv.weight.new_zeros(conv.out_channels)
     conv.bias = nn.Parameter(zeros, requires_grad=conv.weight.requires_grad)
-    conv.gained_bias = True
+    conv.gained_bias = True  # type: ignore[assignment]  # a flag, neither tensor nor module
 
 
 def has_gained_bias(module: nn.Module) -> bool:
@@ -59,7 +60,7 @@ def lose_bias(conv: nn.Conv2d) -> None:
 
 def origin_of(module: nn.Module) -> nn.Conv2d:
     """The conv that a block grew from; a conv itself."""
-    return module.origin if isinstance(module, Block) else module
+    return module.origin if isinstance(module, Block) else cast(nn.Conv2d, module)
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -78,6 +79,19 @@ class _Kept(NamedTuple):
     state: list[tuple[int, int, int]]  # which object, where its values lie, how often changed
     held: list[tuple[Tensor, Tensor]]  # so that no id and no address is given to another
     kernel: Kernel
+
+
+class _Zero(torch.autograd.Function):
+    """A zero (), of which each of the tensors that it is given has a gradient of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
 
 
 class Block(nn.Module):
@@ -123,6 +137,8 @@ class Block(nn.Module):
 
     _keeps_kernel = False
     _kept: _Kept | None = None
+
+    origin_std: Tensor
 
     def __init__(
         self,
@@ -181,7 +197,12 @@ class Block(nn.Module):
     @property
     def added(self) -> list[Branch]:
         """The branches besides ``kxk``."""
-        return [self.branches[name] for name in self.names if name != ORIGIN]
+        return [cast(Branch, self.branches[name]) for name in self.names if name != ORIGIN]
+
+    @property
+    def active(self) -> list[Branch]:
+        """Those of :attr:`added` that are on: no other is computed."""
+        return [branch for branch in self.added if branch.is_on]
 
     @property
     def added_norms(self) -> list[_BatchNorm]:
@@ -206,7 +227,7 @@ class Block(nn.Module):
     def kernel(self) -> Kernel:
         """The whole block as one kernel, with the running statistics (Eq. 2)."""
         with self._precisely():
-            return self.merge()
+            return cast(Kernel, self.merge())  # without a source it always can
 
     def _precisely(self) -> AbstractContextManager:
         """Kernels and statistics are computed without autocast."""
@@ -215,8 +236,10 @@ class Block(nn.Module):
         return torch.autocast(kind, enabled=False) if _is_autocast(kind) else nullcontext()
 
     def multiply_adds(self, size: Pair) -> int:
-        """Of all branches, each run by itself, for one map of ``size`` (h, w)."""
-        return sum(multiply_adds_of(branch, size) for branch in self.branches.values())
+        """Of ``kxk`` and the branches that are on, each run by itself, for one map of ``size``
+        (h, w)."""
+        parts = [self.branches[ORIGIN], *self.active]
+        return sum(multiply_adds_of(part, size) for part in parts)
 
     def forward(self, input: Tensor) -> Tensor:
         """What the block makes of ``input`` (batch, in, h, w), or of one image (in, h, w)."""
@@ -228,8 +251,10 @@ class Block(nn.Module):
         if not self._finds_statistics(x):
             return self._convolve(x, self.kernel())
         if (source := self._source(x)) is None:
-            running = [(branch, None) for branch in self.added]
+            running: list[tuple[Branch, Kernel | None]] = [(b, None) for b in self.active]
             out = self.branches[ORIGIN](x)
+            if (idle := self._idle()) is not None:
+                out += idle
         else:
             with self._precisely():
                 kernels, running = self._parts(source)
@@ -300,9 +325,9 @@ class Block(nn.Module):
             kernels, running = inner._parts(None if inner.is_linear else source)
         else:
             kernels, running = [kernel_of(inner)], []
-        for branch in self.added:
+        for branch in self.active:
             kernel, whole = branch.merge(source) or (None, False)
-            if whole:
+            if whole and kernel is not None:
                 kernels.append(kernel)
             else:
                 running.append((branch, kernel))
@@ -318,28 +343,41 @@ class Block(nn.Module):
             None if the source does not know all that they need.
         """
         if source is None:
-            return merge(map(path_of, self.branches.values()), self.kernel_size, self.groups)
+            parts = [self.branches[ORIGIN], *self.active]
+            return merge(map(path_of, parts), self.kernel_size, self.groups)
         kernels, running = self._parts(source)
         return None if running else add(kernels, self.kernel_size)
 
     def _convolve(self, x: Tensor, kernel: Kernel) -> Tensor:
         dtype = self.origin.weight.dtype  # half precision merges in single
+        if (idle := self._idle()) is not None:
+            kernel = Kernel(kernel.weight, kernel.bias + idle)
         return self.spec.convolve(x, Kernel(kernel.weight.to(dtype), kernel.bias.to(dtype)))
+
+    def _idle(self) -> Tensor | None:
+        """A zero () of which the parameters of branches that are off have a gradient of zero, where
+        several processes train: DDP waits for one of every parameter."""
+        if not (torch.is_grad_enabled() and several_processes()):
+            return None
+        off = [branch for branch in self.added if not branch.is_on]
+        idle = [p for branch in off for p in branch.parameters() if p.requires_grad]
+        return _Zero.apply(*idle) if idle else None
 
     def _output(self, branch: Branch, x: Tensor, inner: Kernel | None) -> Tensor:
         """Output of ``branch`` in its unit, of which the backward keeps ``x`` alone if it may
         recompute."""
 
+        factor = branch.factor
+
         def output(x: Tensor) -> Tensor:
-            module, prefix, y = branch, 'bn.', x
+            module, prefix, y = cast(nn.Module, branch), 'bn.', x
             if inner is not None:
                 module, prefix, y = branch.bn, '', self.spec.convolve(x, inner)
             if is_recorded():  # a trace knows the parameters of a module alone
-                return module(y) * branch.unit.view(-1, 1, 1)
+                return module(y) * factor.view(-1, 1, 1)
             # Behind the norm the unit would cost a map.
             scaled = {
-                f'{prefix}{name}': getattr(branch.bn, name) * branch.unit
-                for name in ('weight', 'bias')
+                f'{prefix}{name}': getattr(branch.bn, name) * factor for name in ('weight', 'bias')
             }
             return functional_call(module, scaled, (y,))
 
@@ -400,14 +438,15 @@ class Block(nn.Module):
         of the original conv as that was measured last."""
         unit = self.origin_std.mean().clamp_min(torch.finfo(self.origin_std.dtype).tiny)
         values = [(branch.bn.weight.detach() * branch.unit).abs().mean() for branch in self.added]
-        values = torch.stack(values)
-        return dict(zip(self.names[1:], (values / unit).tolist(), strict=True))
+        shares = torch.stack(values) / unit
+        return dict(zip(self.names[1:], shares.tolist(), strict=True))
 
     @torch.no_grad()
     def compensate(self) -> None:
         """Take the kernels of the added branches out of ``kxk`` (Eq. 6)."""
-        kernel = add(map(kernel_of, self.added), self.kernel_size)
-        self.origin.weight.sub_(kernel.weight)
+        kernel = add(map(_exact_kernel, self.added), self.kernel_size)
+        weight = self.origin.weight
+        weight.copy_(weight - kernel.weight)
 
     @torch.no_grad()
     def settle(self, init_scale: float) -> None:
@@ -426,7 +465,7 @@ class Block(nn.Module):
             branch.unit.fill_(1)
             branch.bn.weight.fill_(scale)
             branch.bn.bias.zero_()
-            branch.bn.bias.sub_(branch.kernel().bias)
+            branch.bn.bias.copy_(-_exact_kernel(branch).bias)
             branch.unit.copy_(unit)
         self.compensate()
 
@@ -447,24 +486,26 @@ class Block(nn.Module):
                 )
         if not (names := list(dict.fromkeys(names))):
             return
-        weight, bias = add((self.branches[name].kernel() for name in names), self.kernel_size)
-        for name in names:
-            del self.branches[name]
-        self.origin.weight.add_(weight)
-        self._shift(bias)
+        gone = [self.branches.pop(name) for name in names]
+        # One that is off adds nothing.
+        if kernels := [_exact_kernel(branch) for branch in gone if branch.is_on]:
+            kernel, weight = add(kernels, self.kernel_size), self.origin.weight
+            weight.copy_(weight + kernel.weight)
+            self._shift(kernel.bias)
 
     def _shift(self, bias: Tensor) -> None:
         """Add ``bias`` (out,) to the output of the block."""
         inner = self.branches[ORIGIN]
         if self.origin.bias is not None:
             self.origin.bias.add_(bias)
-        elif self.added:
-            self.added[0].bn.bias.add_(bias / self.added[0].unit)
+        elif takes := [branch for branch in self.added if branch.unit.all()]:
+            takes[0].bn.bias.add_(bias / takes[0].unit)
         elif isinstance(inner, Block):
             inner._shift(bias)
         elif bias.any():
-            gain_bias(inner)
-            inner.bias.add_(bias)
+            origin = self.origin
+            gain_bias(origin)
+            cast(Tensor, origin.bias).add_(bias)
 
     # The names under which tools make modules plain.
 
@@ -477,8 +518,7 @@ class Block(nn.Module):
         """
         conv = copy.deepcopy(self.origin).train(self.training)
         dtype = conv.weight.dtype
-        # In float64, so that the only rounding is that of the result.
-        weight, bias = copy.deepcopy(self).double().kernel()
+        weight, bias = _exact_kernel(self)
         conv.weight.data = weight.to(dtype)
         if conv.bias is None and bias.any():
             gain_bias(conv)
@@ -496,9 +536,15 @@ class Block(nn.Module):
         hooks = {name: value for name, value in vars(self).items() if 'ward_' in name}
         vars(self).clear()
         vars(self).update({**vars(conv), **hooks})
-        self.__class__ = type(conv)
+        self.__class__ = cast(Any, type(conv))
 
     reparameterize = switch_to_deploy
+
+
+def _exact_kernel(module: nn.Module) -> Kernel:
+    """Its kernel in double precision, so that the only rounding is that of where it goes: a GPU may
+    round products of single precision to TF32."""
+    return kernel_of(copy.deepcopy(module).to(precise(next(module.parameters()))))
 
 
 @contextmanager

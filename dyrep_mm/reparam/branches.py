@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -29,9 +29,11 @@ from dyrep_mm.reparam.geometry import (
     crop,
     output_size,
     pad,
+    pair,
     subsample,
 )
 from dyrep_mm.reparam.kernels import (
+    NO_BIAS,
     Kernel,
     Norm,
     Stage,
@@ -41,16 +43,16 @@ from dyrep_mm.reparam.kernels import (
     make_kernel,
 )
 from dyrep_mm.reparam.moments import Average, Source, Statistics, across, fold
-from dyrep_mm.reparam.norms import NormFactory, check_norm, counts_other_processes
+from dyrep_mm.reparam.norms import NormFactory, check_norm, counts_other_processes, tracked
 
 
 def kernel_of(module: nn.Module | Kernel) -> Kernel:
     """Kernel of a conv, a branch or a block, in eval mode; of half precision in single."""
     if not isinstance(module, (nn.Conv2d, Kernel)):
-        return module.kernel()
-    module = make_kernel(module.weight, module.bias)
-    wide = torch.promote_types(module.weight.dtype, torch.float32)
-    return Kernel(module.weight.to(wide), module.bias.to(wide))
+        return cast(Any, module).kernel()
+    weight, bias = make_kernel(module.weight, module.bias)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return Kernel(weight.to(wide), bias.to(wide))
 
 
 def path_of(module: nn.Module) -> list[Stage]:
@@ -73,10 +75,12 @@ def multiply_adds_of(module: nn.Module, size: Pair) -> int:
     if isinstance(module, nn.Conv2d):
         height, width = output_size(module, size)
         return module.weight.numel() * height * width
-    return module.multiply_adds(size)
+    return cast(Any, module).multiply_adds(size)
 
 
-def _make_conv(channels: Pair, size: Pair, generator: Generator | None, **geometry) -> nn.Conv2d:
+def _make_conv(
+    channels: Pair, size: Pair, generator: Generator | None, **geometry: Any
+) -> nn.Conv2d:
     """A conv without bias, initialised from ``generator`` as torch does from its own."""
     conv = nn.utils.skip_init(nn.Conv2d, *channels, size, bias=False, **geometry)
     nn.init.kaiming_uniform_(conv.weight, a=math.sqrt(5), generator=generator)
@@ -117,6 +121,11 @@ class Branch(nn.Module):
     #: around it, as the head of this file says: what it sees follows from the input of the block.
     pads_first = False
 
+    unit: Tensor
+    #: Factor of the output, which a search sets from outside: 0.0 where the branch is off, or a
+    #: tensor () of which the gradient is asked. It is no part of the state.
+    gate: Tensor | float = 1.0
+
     def __init__(self, spec: ConvSpec, norm: NormFactory, generator: Generator | None = None):
         super().__init__()
         self.spec = spec
@@ -128,6 +137,17 @@ class Branch(nn.Module):
         if (scale := state_dict.get(f'{prefix}bn.weight')) is not None:
             state_dict.setdefault(prefix + UNIT, torch.ones_like(scale))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the branch is computed."""
+        return isinstance(self.gate, Tensor) or self.gate != 0
+
+    @property
+    def factor(self) -> Tensor:
+        """What the block multiplies the output of ``forward`` with, (out,)."""
+        searched = isinstance(self.gate, Tensor) or self.gate != 1
+        return self.unit * self.gate if searched else self.unit
 
     @classmethod
     def misfit(cls, spec: ConvSpec) -> str | None:
@@ -162,16 +182,17 @@ class Branch(nn.Module):
 
     def kernel(self) -> Kernel:
         """This branch as one kernel, as the block adds it, with the statistics that norms keep."""
-        return self.merge()[0]
+        kernel, _ = cast(tuple[Kernel, bool], self.merge())  # without a source it always can
+        return kernel
 
     def path(self) -> list[Stage]:
         """This branch as the block adds it, with the statistics that norms keep, not merged."""
         path = []
         for part, bn in self.stages():
             check_norm(bn)
-            unit = self.unit if bn is self.bn else None
-            norm = Norm(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, unit)
-            path.append(_stage_of(part, norm))
+            unit = self.factor if bn is self.bn else None
+            mean, var, _ = tracked(bn)
+            path.append(_stage_of(part, Norm(mean, var, bn.weight, bn.bias, bn.eps, unit)))
         return path
 
     def merge(self, source: Source | None = None) -> tuple[Kernel, bool] | None:
@@ -185,17 +206,19 @@ class Branch(nn.Module):
             know the statistics of that one alone; None where the branch has to run.
         """
         linear = source is None or all(is_linear(child) for child in self.children())
-        if not linear and not source.composes:
+        if source is not None and not linear and not source.composes:
             return None
         merged: Kernel | None = None
         found: list[tuple[_BatchNorm, Statistics]] = []
         for part, bn in self.stages():
             check_norm(bn)
-            is_last, is_average = bn is self.bn, isinstance(part, Average)
-            if is_average:  # the scale of a channel may come before it
+            is_last = bn is self.bn
+            if isinstance(part, Average):  # the scale of a channel may come before it
                 kernel, view = merged or kernel_of(self._copy()), 'pooled'
             else:
-                operation = kernel_of(part) if linear else _merged(part, source, merged)
+                operation = (
+                    kernel_of(part) if linear or source is None else _merged(part, source, merged)
+                )
                 if operation is None:
                     return None
                 kernel = chain(merged, operation, self.spec.groups) if merged else operation
@@ -212,12 +235,12 @@ class Branch(nn.Module):
                 if counts_other_processes(bn):
                     seen = across(seen, bn.process_group)
                 found.append((bn, seen))
-            merged = fold(kernel, bn, seen, self.unit if is_last else None)
-            if is_average:
+            merged = fold(kernel, bn, seen, self.factor if is_last else None)
+            if isinstance(part, Average):
                 merged = chain(merged, part, self.spec.groups)
         if source is not None:
             source.found += found
-        return merged, True
+        return cast(Kernel, merged), True
 
     def multiply_adds(self, size: Pair) -> int:
         """Of the convs of this branch for one map of ``size`` (h, w)."""
@@ -226,14 +249,14 @@ class Branch(nn.Module):
     def _copy(self) -> Kernel:
         """The 1x1 that changes nothing, without a bias."""
         spec = self.spec
-        return Kernel(identity_weight(spec.out_channels, spec.groups, self.bn.weight), None)
+        return Kernel(identity_weight(spec.out_channels, spec.groups, self.bn.weight), NO_BIAS)
 
     @torch.no_grad()
     def assume_white_input(self) -> None:
         """Set the running statistics that white input of unit variance would give."""
         for part, bn in self.stages():
             bn.reset_running_stats()
-            bn.running_var.copy_(kernel_of(part).weight.square().sum((1, 2, 3)))
+            tracked(bn).var.copy_(kernel_of(part).weight.square().sum((1, 2, 3)))
 
 
 def register_branch(name: str) -> Callable[[type[Branch]], type[Branch]]:
@@ -282,11 +305,13 @@ def is_linear(module: nn.Module) -> bool:
 def _merged(part: nn.Module | Kernel, source: Source, before: Kernel | None) -> Kernel | None:
     """The kernel of a part of a branch behind a 1x1 ``before``; None if the source cannot tell
     it, or if it may be that of a block with the statistics that norms keep."""
-    if is_linear(part) and not isinstance(part, Kernel):
-        return kernel_of(part)
-    if before is None or isinstance(part, Kernel):
+    if isinstance(part, Kernel):
         return None
-    return part.merge(source.behind(before))
+    if is_linear(part):
+        return kernel_of(part)
+    if before is None:
+        return None
+    return cast(Any, part).merge(source.behind(before))
 
 
 def _definition(cls: type) -> tuple[str, str]:
@@ -325,7 +350,7 @@ def fitting(spec: ConvSpec, names: Sequence[str] | None = None) -> list[str]:
 
 def _inner(weight: Tensor, size: Pair) -> Tensor:
     """The ``size`` (kh, kw) in the middle of ``weight`` (..., kh, kw)."""
-    return crop(weight, tuple((n - k) // 2 for n, k in zip(weight.shape[-2:], size, strict=True)))
+    return crop(weight, pair((n - k) // 2 for n, k in zip(weight.shape[-2:], size, strict=True)))
 
 
 class _ConvBranch(Branch):
@@ -345,7 +370,7 @@ class _ConvBranch(Branch):
         padding, self.crop = spec.inset(size)
         # Where the kernel is one wide and the border adds nothing, what the stride passes over
         # need not reach the conv: on the CPU the backward of a stride is slow.
-        self.step = tuple(
+        self.step = pair(
             s if k == 1 and p == 0 else 1
             for s, k, p in zip(spec.stride, size, padding, strict=True)
         )
@@ -364,9 +389,7 @@ class _ConvBranch(Branch):
 
     def multiply_adds(self, size: Pair) -> int:
         spans = zip(size, self.crop, self.step, strict=True)
-        return multiply_adds_of(
-            self.conv, tuple(-((2 * cut - n) // step) for n, cut, step in spans)
-        )
+        return multiply_adds_of(self.conv, pair(-((2 * cut - n) // step) for n, cut, step in spans))
 
     def stages(self) -> list[tuple[Kernel | nn.Module, _BatchNorm]]:
         return [(self.conv, self.bn)]
@@ -406,7 +429,7 @@ class PointwiseSpatial(Branch):
         return self.bn(self.conv(self.pre_bn(pad(self.pre(x), self.spec.padding))))
 
     def multiply_adds(self, size: Pair) -> int:
-        padded = tuple(n + 2 * p for n, p in zip(size, self.spec.padding, strict=True))
+        padded = pair(n + 2 * p for n, p in zip(size, self.spec.padding, strict=True))
         return multiply_adds_of(self.pre, size) + multiply_adds_of(self.conv, padded)
 
     def stages(self) -> list[tuple[Kernel | nn.Module, _BatchNorm]]:
@@ -418,6 +441,9 @@ class PointwiseAverage(Branch):
     """``1x1-avg``: a 1x1 conv, a BN, then an average pooling; depthwise: the pooling alone."""
 
     pads_first = True
+
+    pre: nn.Conv2d | None
+    pre_bn: _BatchNorm | None
 
     @classmethod
     def misfit(cls, spec: ConvSpec) -> str | None:
@@ -443,16 +469,17 @@ class PointwiseAverage(Branch):
         if self.pre is not None:
             x = self.pre(x)
         x = pad(x, self.spec.padding)
-        if self.pre is not None:
+        if self.pre_bn is not None:
             x = self.pre_bn(x)
         return self.bn(average_pool(x, self.spec.kernel_size, self.spec.stride))
 
     def stages(self) -> list[tuple[Kernel | nn.Module, _BatchNorm]]:
         spec = self.spec
         weight = average_weight(spec.out_channels, spec.kernel_size, self.bn.weight)
-        average = Average(weight, None)
-        before = [] if self.pre is None else [(self.pre, self.pre_bn)]
-        return [*before, (average, self.bn)]
+        average = Average(weight, NO_BIAS)
+        if self.pre is None or self.pre_bn is None:
+            return [(average, self.bn)]
+        return [(self.pre, self.pre_bn), (average, self.bn)]
 
 
 class _Strip(_ConvBranch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,19 +17,26 @@ from dyrep_mm.reparam.kernels import Kernel, average_weight, is_recorded
 Pair = tuple[int, int]
 
 
+def pair(values: Iterable[int]) -> Pair:
+    """Two values as a pair."""
+    vertical, horizontal = values
+    return vertical, horizontal
+
+
 def padding_of(conv: nn.Conv2d) -> Pair:
     """Padding of ``conv`` in rows and columns on each side, of an odd kernel if it is a word."""
+    if not isinstance(conv.padding, str):
+        return pair(conv.padding)
     if conv.padding == 'valid':
         return (0, 0)
-    if conv.padding == 'same':
-        return tuple(d * (k - 1) // 2 for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
-    return tuple(conv.padding)
+    return pair(d * (k - 1) // 2 for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
 
 
-def output_size(conv: nn.Conv2d, size: Pair) -> Pair:
+def output_size(conv: nn.Conv2d | ConvSpec, size: Sequence[int]) -> Pair:
     """Height and width of what ``conv`` makes of a map of ``size`` (h, w)."""
-    axes = zip(size, padding_of(conv), conv.dilation, conv.kernel_size, conv.stride, strict=True)
-    return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in axes)
+    padding = conv.padding if isinstance(conv, ConvSpec) else padding_of(conv)
+    axes = zip(size, padding, conv.dilation, conv.kernel_size, conv.stride, strict=True)
+    return pair((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in axes)
 
 
 @dataclass(frozen=True)
@@ -59,10 +67,10 @@ class ConvSpec:
         return cls(
             conv.in_channels,
             conv.out_channels,
-            tuple(conv.kernel_size),
-            tuple(conv.stride),
+            pair(conv.kernel_size),
+            pair(conv.stride),
             padding_of(conv),
-            tuple(conv.dilation),
+            pair(conv.dilation),
             conv.groups,
         )
 
@@ -81,7 +89,7 @@ class ConvSpec:
             p - d * (k - s) // 2
             for p, d, k, s in zip(self.padding, self.dilation, self.kernel_size, size, strict=True)
         ]
-        return tuple(max(m, 0) for m in margins), tuple(max(-m, 0) for m in margins)
+        return pair(max(m, 0) for m in margins), pair(max(-m, 0) for m in margins)
 
 
 def pad(x: Tensor, margin: Pair) -> Tensor:

@@ -24,6 +24,10 @@ class Kernel(NamedTuple):
     bias: Tensor
 
 
+#: In place of the bias of a kernel, where a branch gives one that has none.
+NO_BIAS: Any = None
+
+
 def make_kernel(weight: Tensor, bias: Tensor | None = None) -> Kernel:
     """Kernel of a conv that may have no bias."""
     return Kernel(weight, weight.new_zeros(weight.shape[0]) if bias is None else bias)
@@ -49,13 +53,18 @@ class Stage(NamedTuple):
     norm: Norm | None = None
 
 
+def precise(x: Tensor) -> torch.dtype:
+    """Double precision, where the device of ``x`` has it."""
+    return x.dtype if x.device.type == 'mps' else torch.float64
+
+
 def is_recorded() -> bool:
     """Whether a trace, an export or a compiler records what runs: then operations of torch alone
     run, for a Function of our own means nothing to whoever reads the record."""
     return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
-def merge(paths: Iterable[Sequence[Stage]], size: tuple[int, int], groups: int = 1) -> Kernel:
+def merge(paths: Iterable[Sequence[Stage]], size: Sequence[int], groups: int = 1) -> Kernel:
     """Sum of parallel paths as one kernel of ``size`` (kh, kw), each in its middle (Eq. 1, 2, 8).
 
     A path is a ``kxk``, or some ``1x1`` and then a ``kxk``, all with ``groups``: the ``1x1`` have
@@ -99,7 +108,7 @@ def fold_bn(
     return Kernel(kernel.weight * _column(scale), bias)
 
 
-def add(kernels: Iterable[Kernel], size: tuple[int, int]) -> Kernel:
+def add(kernels: Iterable[Kernel], size: Sequence[int]) -> Kernel:
     """Sum of kernels, each in the middle of ``size`` (kh, kw): parallel branches (Eq. 2)."""
     return merge([[Stage(*kernel)] for kernel in kernels], size)
 
@@ -153,23 +162,28 @@ def _scale_and_shift(stages: Sequence[Stage]) -> tuple[Tensor, Tensor]:
 
     dtype = stages[0].weight.dtype
 
-    def joined(vectors: Iterable[Tensor | None], fill: float) -> Tensor | None:
+    def joined(vectors: Sequence[Tensor]) -> Tensor:
+        return (torch.cat(list(vectors)) if len(vectors) > 1 else vectors[0]).to(dtype)
+
+    def filled(vectors: Iterable[Tensor | None], fill: float) -> Tensor | None:
         pairs = list(zip(vectors, means, strict=True))
         if all(vector is None for vector, _ in pairs):
             return None
-        if any(vector is None for vector, _ in pairs):
-            blank = means[0].new_full((max(map(len, means)),), fill)
-            pairs = [(blank[: len(m)] if v is None else v, m) for v, m in pairs]
-        vectors = [vector for vector, _ in pairs]
-        return (torch.cat(vectors) if len(vectors) > 1 else vectors[0]).to(dtype)
+        given = [vector for vector, _ in pairs if vector is not None]
+        if len(given) == len(pairs):
+            return joined(given)
+        blank = means[0].new_full((max(map(len, means)),), fill)
+        return joined([blank[: len(mean)] if v is None else v for v, mean in pairs])
 
-    means, variances, gammas, betas, eps, units = zip(*(s.norm for s in stages), strict=True)
-    if any(one != eps[0] for one in eps):
-        variances, eps = [v + e for v, e in zip(variances, eps, strict=True)], [0.0]
-    scale = torch.rsqrt(joined(variances, 1) + eps[0])
-    gamma, beta, unit = joined(gammas, 1), joined(betas, 0), joined(units, 1)
+    norms = [stage.norm for stage in stages if stage.norm]
+    means, variances, eps = [n.mean for n in norms], [n.var for n in norms], norms[0].eps
+    if any(norm.eps != eps for norm in norms):
+        variances, eps = [norm.var + norm.eps for norm in norms], 0.0
+    scale = torch.rsqrt(joined(variances) + eps)
+    gamma, beta = filled((n.gamma for n in norms), 1), filled((n.beta for n in norms), 0)
+    unit = filled((n.unit for n in norms), 1)
     scale = scale if gamma is None else scale * gamma
-    bias, mean = joined((stage.bias for stage in stages), 0), joined(means, 0)
+    bias, mean = filled((stage.bias for stage in stages), 0), joined(means)
     mean = mean if bias is None else mean - bias
     beta = torch.zeros_like(mean) if beta is None else beta
     shift = torch.addcmul(beta, mean, scale, value=-1)
@@ -186,12 +200,12 @@ class _Term(NamedTuple):
     shift: Tensor | None = None
 
 
-def _is_filter(term: _Term) -> bool:
+def _is_filter(weight: Tensor, first: Tensor) -> bool:
     """The weight is one filter per channel: it and ``first`` multiply place by place."""
-    return term.weight.shape[1] == 1 and len(term.weight) == len(term.first)
+    return weight.shape[1] == 1 and len(weight) == len(first)
 
 
-def _terms(tensors: Sequence[Tensor | None]) -> list[_Term]:
+def _terms(tensors: Sequence[Any]) -> list[_Term]:
     """Terms from their tensors one after another, as a Function takes them."""
     return [_Term(*tensors[i : i + 4]) for i in range(0, len(tensors), 4)]
 
@@ -225,11 +239,11 @@ def _factors(term: _Term, groups: int) -> tuple[Tensor, Tensor | None, Tensor | 
     """Two factors of the weight of ``term``, or one, and its bias if it has one."""
     weight, scale, first, shift = term
     factor = None if scale is None else _column(scale)
-    if first is None:
+    if first is None or shift is None:
         return weight, factor, None
-    if _is_filter(term):
+    if _is_filter(weight, first):
         bias = shift * weight.sum((1, 2, 3))
-        factor = first if scale is None else first * factor
+        factor = first if factor is None else first * factor
     else:
         rows = _rows(weight, groups)
         bias = torch.bmm(rows, shift.view(groups, -1, 1)).view(len(weight), -1).sum(1)
@@ -244,12 +258,12 @@ def _gradients(
     weight, scale, first, shift = term
     grad = _middle(grad, weight.shape[-2:])
     by_weight = by_scale = by_first = by_shift = None
-    if first is None:
+    if first is None or shift is None:
         if needed[0]:
             by_weight = grad if scale is None else grad * _column(scale)
         if needed[1]:
             by_scale = (grad * weight).sum((1, 2, 3))
-    elif _is_filter(term):
+    elif _is_filter(weight, first):
         planes = grad.reshape(len(weight), -1, weight.shape[-2:].numel())
         # First all gradients as if the scale were one.
         by_first = torch.bmm(planes, weight.view(len(weight), -1, 1)).unsqueeze(-1)
@@ -297,9 +311,9 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        size: tuple[int, int], groups: int, bias: Tensor | None, *tensors: Tensor | None
+        size: Sequence[int], groups: int, bias: Tensor | None, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        total = None
+        total: Any = None
         sums = [] if bias is None else [bias]
         for term in _terms(tensors):
             one, other, shift = _factors(term, groups)
@@ -348,11 +362,11 @@ class _Sum(torch.autograd.Function):
             if change.scale is not None:
                 terms.append(term._replace(scale=change.scale))
             if change.first is not None or change.shift is not None:
-                pairs = zip(term[2:], change[2:], strict=True)
+                pairs: Any = zip(term[2:], change[2:], strict=True)
                 terms.append(
                     _Term(*term[:2], *(torch.zeros_like(t) if c is None else c for t, c in pairs))
                 )
-        if not terms:
+        if bias is not None and not terms:
             return bias.new_zeros(ctx.shape), bias
         return _sum(ctx.size, ctx.groups, bias, *(tensor for term in terms for tensor in term))
 
@@ -366,13 +380,14 @@ class _Sum(torch.autograd.Function):
 
 
 def _sum(
-    size: tuple[int, int], groups: int, bias: Tensor | None, *tensors: Tensor | None
+    size: Sequence[int], groups: int, bias: Tensor | None, *tensors: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """What :class:`_Sum` computes, of operations of torch alone."""
     total: Any = 0
+    terms = _terms(tensors)
     if bias is None:
-        bias = tensors[0].new_zeros(len(tensors[0]))
-    for term in _terms(tensors):
+        bias = terms[0].weight.new_zeros(len(terms[0].weight))
+    for term in terms:
         one, other, shift = _factors(term, groups)
         product = one if other is None else one * other
         rows, cols = ((n - k) // 2 for n, k in zip(size, product.shape[-2:], strict=True))

@@ -12,7 +12,7 @@ branches of a block share the one product ``x x'``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -24,7 +24,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from dyrep_mm.reparam.geometry import ConvSpec, average_pool, crop, output_size, pad, subsample
-from dyrep_mm.reparam.kernels import Kernel, chain, fold_bn, is_recorded
+from dyrep_mm.reparam.kernels import Kernel, chain, fold_bn, is_recorded, precise
+from dyrep_mm.reparam.norms import tracked
 
 
 class Statistics(NamedTuple):
@@ -32,7 +33,7 @@ class Statistics(NamedTuple):
 
     mean: Tensor
     var: Tensor
-    count: int
+    count: int  # type: ignore[assignment]  # tuples have a method of this name
 
 
 def across(found: Statistics, group: Any) -> Statistics:
@@ -87,11 +88,6 @@ class Average(Kernel):
     """The kernel of an average pooling, one filter per channel."""
 
 
-def _precise(x: Tensor) -> torch.dtype:
-    """Double precision, where the device of ``x`` has it."""
-    return x.dtype if x.device.type == 'mps' else torch.float64
-
-
 class _Scatter(torch.autograd.Function):
     """Mean (channels,) and scatter (groups, c, c) of the channels of a map, ``c`` in a group, both
     in double precision.
@@ -106,7 +102,7 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         flat = x.flatten(2)
-        mean = flat.mean((0, 2), dtype=_precise(x))
+        mean = flat.mean((0, 2), dtype=precise(x))
         # Centred first: a difference of large sums would lose the variance to rounding.
         centred = (flat - mean.to(x.dtype)[:, None]).to(mean.dtype).unflatten(1, (groups, -1))
         scatter = torch.matmul(centred, centred.transpose(-1, -2)).sum(0)
@@ -156,8 +152,9 @@ class Moments:
     @classmethod
     def of(cls, x: Tensor, groups: int) -> Moments:
         """Moments of ``x`` (batch, channels, h, w), differentiable."""
-        scatter = _Scatter.forward if is_recorded() else _Scatter.apply
-        return cls(*scatter(x, groups), x.numel() // x.shape[1])
+        run = _Scatter.forward if is_recorded() else _Scatter.apply
+        mean, scatter = run(x, groups)
+        return cls(mean, scatter, x.numel() // x.shape[1])
 
     def with_zeros(self, count: int) -> Moments:
         """Moments of the same map among zeros, ``count`` places in all."""
@@ -181,12 +178,13 @@ class Moments:
 @torch.no_grad()
 def _record(bn: _BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
     """Running statistics of ``bn`` after a batch, as its own forward has them."""
-    bn.num_batches_tracked.add_(1)
+    kept = tracked(bn)
+    kept.batches.add_(1)
     momentum = bn.momentum
     if momentum is None:  # a cumulative average
-        momentum = 1 / bn.num_batches_tracked.item()
-    bn.running_mean.add_(mean - bn.running_mean, alpha=momentum)
-    bn.running_var.add_(var * (count / (count - 1)) - bn.running_var, alpha=momentum)
+        momentum = 1 / kept.batches.item()
+    kept.mean.add_(mean - kept.mean, alpha=momentum)
+    kept.var.add_(var * (count / (count - 1)) - kept.var, alpha=momentum)
 
 
 def fold(
@@ -204,7 +202,7 @@ def fold(
         ValueError: batch statistics of a single value, as from the BN itself.
     """
     if found is None:
-        mean, var = bn.running_mean, bn.running_var
+        mean, var, _ = tracked(bn)
     elif found.count < 2:
         raise ValueError('expected more than 1 value per channel when training')
     else:
@@ -240,8 +238,9 @@ class BlockInput(Source):
             if kernel.weight.shape[2:] != (1, 1):
                 return None
             view = 'centre'
-        moments = getattr(self, view)
-        return Statistics(*moments.through(kernel), moments.count)
+        moments: Moments = getattr(self, view)
+        mean, var = moments.through(kernel)
+        return Statistics(mean, var, moments.count)
 
     @cached_property
     def whole(self) -> Moments:
@@ -294,6 +293,7 @@ class Sample(Source):
         super().__init__()
         self.x = x
         self.spec = spec
+        self.groups = spec.groups
 
     def statistics(self, kernel: Kernel, view: str) -> Statistics | None:
         size = kernel.weight.shape[2:]
@@ -308,13 +308,13 @@ class Sample(Source):
     def behind(self, first: Kernel) -> Source:
         return _Behind(self, first)
 
-    def _middle(self, size: tuple[int, int]) -> Tensor:
+    def _middle(self, size: Sequence[int]) -> Tensor:
         """The middle of what the kernel sees, (groups, places, size * channels / groups)."""
         full = self.spec.kernel_size
         top, left = ((n - k) // 2 for n, k in zip(full, size, strict=True))
         if size[0] == full[0] and size[1] == full[1]:
             return self.output.flatten(2)
-        parts = self._rows[top : top + size[0]]
+        parts: Sequence[Tensor] = self._rows[top : top + size[0]]
         if size[1] != full[1]:
             columns = self._columns[top : top + size[0]]
             parts = [part for row in columns for part in row[left : left + size[1]]]
@@ -375,16 +375,17 @@ class _Behind(Source):
 
     composes = True
 
-    def __init__(self, source: Source, first: Kernel):
+    def __init__(self, source: Sample | _Behind, first: Kernel):
         self.found = source.found
+        self.groups: int = source.groups
         self.source = source
         self.first = first
 
     def statistics(self, kernel: Kernel, view: str) -> Statistics | None:
-        return self.source.statistics(chain(self.first, kernel, self.source.spec.groups), view)
+        return self.source.statistics(chain(self.first, kernel, self.groups), view)
 
     def behind(self, first: Kernel) -> Source:
-        return _Behind(self.source, chain(self.first, first, self.source.spec.groups))
+        return _Behind(self.source, chain(self.first, first, self.groups))
 
 
 def _largest_step(batch: int, sides: tuple[int, int]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,7 @@ def check_branch_norm(branch_norm: Any) -> str:
 _NORMALISE = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
-def takes_images(module: nn.Module) -> bool:
+def takes_images(module: nn.Module | None) -> TypeGuard[_BatchNorm]:
     """Whether ``module`` is a BN of images; mmengine's that replaces SyncBN takes anything."""
     vectors_or_volumes = (nn.BatchNorm1d, nn.BatchNorm3d)
     return isinstance(module, _BatchNorm) and not isinstance(module, vectors_or_volumes)
@@ -47,12 +47,15 @@ def check_norm(norm: nn.Module) -> None:
         )
 
 
+def several_processes() -> bool:
+    """Whether this process is one of several that train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def counts_other_processes(norm: nn.Module) -> bool:
     """Whether the batch statistics of ``norm`` are those of all processes, of which each must
     take part."""
-    if not isinstance(norm, nn.SyncBatchNorm):
-        return False
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return isinstance(norm, nn.SyncBatchNorm) and several_processes()
 
 
 def norm_like(norm: _BatchNorm | None) -> NormFactory:
@@ -60,7 +63,8 @@ def norm_like(norm: _BatchNorm | None) -> NormFactory:
         if norm is None:
             return nn.BatchNorm2d(channels)
         # The nearest class that only normalises: timm's BatchNormAct2d activates as well.
-        pure = next(cls for cls in type(norm).__mro__ if cls.forward in _NORMALISE)
+        classes = (cls for cls in type(norm).__mro__ if issubclass(cls, _BatchNorm))
+        pure = next(cls for cls in classes if cls.forward in _NORMALISE)
         return pure(channels, eps=norm.eps, momentum=norm.momentum).train(norm.training)
 
     return make
@@ -70,7 +74,7 @@ def norm_like(norm: _BatchNorm | None) -> NormFactory:
 def statistics_kept(module: nn.Module) -> Iterator[None]:
     """Batch statistics are used and not recorded: the first forward has done that."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
-    kept = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    kept = [(norm, norm.momentum, tracked(norm).batches.clone()) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
     try:
@@ -78,15 +82,36 @@ def statistics_kept(module: nn.Module) -> Iterator[None]:
     finally:
         for norm, momentum, batches in kept:
             norm.momentum = momentum
-            norm.num_batches_tracked.copy_(batches)
+            tracked(norm).batches.copy_(batches)
+
+
+class Tracked(NamedTuple):
+    """The buffers of a norm: ``mean`` and ``var`` (channels,), ``batches`` a count."""
+
+    mean: Tensor
+    var: Tensor
+    batches: Tensor
+
+
+def tracked(norm: _BatchNorm) -> Tracked:
+    """What ``norm`` keeps of the batches that it met.
+
+    Raises:
+        DyRepError: it keeps nothing.
+    """
+    mean, var, batches = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    if mean is None or var is None or batches is None:
+        raise DyRepError('the norm of a branch keeps no statistics: track_running_stats is off')
+    return Tracked(mean, var, batches)
 
 
 @torch.no_grad()
 def change_statistics(norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
     """Give ``norm`` other running statistics, and the scale and shift with which it computes
     in eval mode what it did."""
-    before, after = (v.add(norm.eps).sqrt() for v in (norm.running_var, var))
-    norm.bias.add_(norm.weight * (mean - norm.running_mean) / before)
+    kept = tracked(norm)
+    before, after = (v.add(norm.eps).sqrt() for v in (kept.var, var))
+    norm.bias.add_(norm.weight * (mean - kept.mean) / before)
     norm.weight.mul_(after / before)
-    norm.running_mean.copy_(mean)
-    norm.running_var.copy_(var)
+    kept.mean.copy_(mean)
+    kept.var.copy_(var)

@@ -31,14 +31,14 @@ def common_metric(runs: Sequence[Run], wanted: str | None) -> str | None:
 def table(runs: Sequence[Run], metric: str | None) -> tuple[list[str], list[list[str]]]:
     """The columns of Tables 2 and 3, a row for each method; with the spread where a method has
     several runs."""
-    columns, scales = ['method', 'runs'], {}
+    columns, scales = ['method', 'runs'], dict[str, float]()
     for name, title in (
         ('seconds', 'training steps'),
         ('time', 'time relative to plain'),
         ('multiply_adds', 'average multiply-adds'),
         ('parameters', 'average parameters'),
     ):
-        size, unit = (1, '')
+        size, unit = 1.0, ''
         if name != 'time':
             size, unit = scale_of(name, [cost_of(run, name) for run in runs])
         scales[name] = size
@@ -146,14 +146,14 @@ def against_cost(runs: Sequence[Run], metric: str) -> Picture | None:
     parts, rows = [], []
     for run in shown:
         values = [scaled(cost_of(run, cost), size) for cost, _, size, _ in costs]
-        value = number(best_of(run.metrics[metric], metric)[1], 4)
-        rows.append((run.label, run.group, value, *map(number, values)))
-        known = [
+        best = number(best_of(run.metrics[metric], metric)[1], 4)
+        rows.append((run.label, run.group, best, *map(number, values)))
+        told = [
             f'{number(x)} {unit}{"" if cost == "seconds" else " multiply-adds"}'
             for x, (cost, _, _, unit) in zip(values, costs, strict=True)
             if x is not None
         ]
-        parts.append(f'{run.label}: {value} for {" and ".join(known) or "an unknown cost"}.')
+        parts.append(f'{run.label}: {best} for {" and ".join(told) or "an unknown cost"}.')
     return Picture(
         'cost',
         f'best {metric} against what training cost',

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +16,7 @@ from dyrep_mm.engine.stock import from_stock
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.evolution.record import Entry, Record
 from dyrep_mm.reparam.branches import ORIGIN
+from dyrep_mm.reparam.geometry import pair
 from dyrep_mm.report.history import Life, first_structure, last_importances, lives, outermost
 from dyrep_mm.report.logs import Log, counts_epochs, read_log, settings_in
 from dyrep_mm.surgery.structure import PRESETS, Structure
@@ -215,7 +216,7 @@ def _group(record: Record, start: Structure) -> str:
     if record.structure is None:
         return 'plain'
     if record.journal or not start:
-        return 'DyRep'
+        return record.method
     shapes = {frozenset(names) for names in start.values()}
     whole = frozenset().union(*shapes)
     by_names = {frozenset(names): preset for preset, names in PRESETS.items()}
@@ -285,7 +286,7 @@ def _heads(log: Log) -> list[tuple[str, int, int | None]]:
     return [('', step, epoch) for step, epoch, _ in log.steps]
 
 
-def _set_seconds(run: Run, log: Log, time) -> None:
+def _set_seconds(run: Run, log: Log, time: Callable[[int], float]) -> None:
     last, seconds, plain = 0, 0.0, []
     first = min((entry.at for entry in run.journal if entry.grown), default=None)
     for step, _, values in log.steps:
@@ -337,8 +338,9 @@ def importances_in(
         None if the weights of the block are not all there.
     """
     std = weights.get(f'{path}.origin_std')
-    scales = [weights.get(f'{path}.branches.{name}.bn.weight') for name in names]
-    if std is None or any(scale is None for scale in scales):
+    found = [weights.get(f'{path}.branches.{name}.bn.weight') for name in names]
+    scales = [scale for scale in found if scale is not None]
+    if std is None or len(scales) < len(found):
         return None
     unit = max(float(std.double().mean()), 1e-37)
     units = [weights.get(f'{path}.branches.{name}.unit', 1.0) for name in names]  # 0.1.0 has none
@@ -350,7 +352,7 @@ def _kernel(weights: Mapping[str, Tensor], path: str) -> tuple[int, int] | None:
     pattern = re.compile(re.escape(path) + r'(\.branches\.kxk)*\.weight')
     for name, tensor in weights.items():
         if pattern.fullmatch(name) and tensor.ndim == 4:
-            return tuple(tensor.shape[2:])
+            return pair(tensor.shape[2:])
     return None
 
 

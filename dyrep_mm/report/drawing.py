@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -38,7 +39,7 @@ SERIES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY)
 MARKERS = 'osD^vPX'
 DASHES = ('-', (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), '-', (0, (5, 2)), (0, (1, 1.5)))
 
-STYLE = {
+STYLE: Any = {
     'font.family': 'sans-serif',
     'font.sans-serif': ['DejaVu Sans', 'Verdana', 'sans-serif'],
     'font.size': 11,

@@ -195,7 +195,7 @@ def _draw_evolution(run: Run, metric: str | None) -> Figure:
 
 
 def _panels(run: Run, metric: str | None) -> list[tuple]:
-    panels = []
+    panels: list[tuple] = []
     if metric is not None:
         panels.append((f'{metric} on the validation set', '', partial(_draw_metric, run, metric)))
     elif run.loss:
@@ -225,7 +225,8 @@ def _draw_metric(run: Run, metric: str, ax: Axes) -> None:
 
 def _draw_cost(run: Run, name: str, scale: float, colour: str, ax: Axes) -> None:
     """A step at every update, with plain and average where they are known."""
-    xs, ys = [], []
+    xs: list[float] = []
+    ys: list[float] = []
     if (first := run.first.get(name)) is not None:
         xs, ys = [0], [first / scale]
     for entry in run.journal:
@@ -324,7 +325,7 @@ def _draw_rows(
     ax.set_yticks(ticks, labels, fontsize=10.5)
     ax.tick_params(axis='y', length=0)
     for text, (_, paths) in zip(ax.get_yticklabels(), rows, strict=True):
-        text.set_ha('left')
+        text.set_horizontalalignment('left')
         text.set_x((INDENT * depth(paths[0]) - left + 4) / (WIDTH - left - RIGHT))
         text.set_color(INK if paths[0] in by_path else MUTED)
     ax.grid(axis='y', visible=False)
@@ -358,15 +359,15 @@ def scores(run: Run) -> Picture | None:
     shown = {path for best in ranks.values() for path, _ in best}
     shown |= {path for entry in entries for path in entry.grown if path in entry.scores}
     first = entries[-1]
-    best, second = (*ranks[first.update], None, None)[:2]
+    best, *others = ranks[first.update]
     description = (
         f'A column for each of {count(len(entries), "update")}, a row for each of '
         f'{count(len(shown), "operation")} that was once among the best {TOP}. The number in a '
         'cell is the rank by score; what grew is framed. '
         f'At the last update {best[0]} was first'
         + (
-            f' and {second[0]} second, with {number(second[1])} to {number(best[1])}.'
-            if second
+            f' and {others[0][0]} second, with {number(others[0][1])} to {number(best[1])}.'
+            if others
             else '.'
         )
     )

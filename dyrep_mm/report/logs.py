@@ -49,7 +49,8 @@ def read_log(work_dir: str | Path) -> Log:
 
 
 def _append(log: Log, lines: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> None:
-    steps, validations = [], []
+    steps: list[tuple[int, int | None, dict[str, float]]] = []
+    validations: list[tuple[int, int | None, dict[str, float]]] = []
     by_epoch = counts_epochs(config)
     last, complete = 0, 0
     for line in lines:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -17,6 +17,9 @@ from dyrep_mm.report.compare import against_cost, common_metric, curves, table
 from dyrep_mm.report.data import Run, best_of
 from dyrep_mm.report.drawing import DARK, VARIABLES, Picture
 from dyrep_mm.report.evolution import evolution, scores, when
+from dyrep_mm.report.study import Row, methods_of
+from dyrep_mm.report.study import picture as study_picture
+from dyrep_mm.report.study import table as study_table
 from dyrep_mm.report.words import count, number, scale_of, scaled
 from dyrep_mm.version import __version__
 
@@ -42,6 +45,16 @@ class Section:
 
 
 @dataclass
+class StudySection:
+    """What the page says of a study."""
+
+    label: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    picture: Picture
+
+
+@dataclass
 class Report:
     """A page before it is written.
 
@@ -51,6 +64,7 @@ class Report:
         pictures: Of all runs side by side.
         columns: Of the table of all runs.
         rows: Of that table.
+        studies: One for each study.
     """
 
     title: str
@@ -58,6 +72,7 @@ class Report:
     pictures: list[Picture]
     columns: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
+    studies: Sequence[StudySection] = ()
 
     def html(self) -> str:
         """The page, with everything in it."""
@@ -74,8 +89,12 @@ class Report:
         )
 
     def all_pictures(self) -> list[Picture]:
-        """Those of all runs and of each."""
-        return [*self.pictures, *(p for section in self.sections for p in section.pictures)]
+        """Those of the studies, of all runs and of each."""
+        return [
+            *(study.picture for study in self.studies),
+            *self.pictures,
+            *(p for section in self.sections for p in section.pictures),
+        ]
 
     def write_figures(self, folder: Path) -> list[Path]:
         """Write an SVG and a PNG file of each figure; their paths."""
@@ -101,19 +120,28 @@ def _template() -> Template:
 
 
 def make_report(
-    runs: Sequence[Run], *, metric: str | None = None, title: str | None = None
+    runs: Sequence[Run],
+    *,
+    studies: Mapping[str, Sequence[Row]] | None = None,
+    metric: str | None = None,
+    title: str | None = None,
 ) -> Report:
-    """Draw all that runs tell.
+    """Draw all that runs and studies tell.
 
     Args:
         runs: From :func:`dyrep_mm.report.data.read_runs`.
+        studies: Rows of studies, by what the page calls them.
         metric: To show; by default the first of the usual main metrics that a run has.
         title: Of the page; made of the runs by default.
     """
     with_structure = [run for run in runs if run.has_structure]
     sections = [_section(run, f'run-{i}', metric) for i, run in enumerate(with_structure, 1)]
-    title = title or f'DyRep: {", ".join(run.label for run in runs)}'
+    labels = [*(studies or {}), *(run.label for run in runs)]
+    title = title or f'DyRep: {", ".join(labels)}'
     report = Report(title, sections, [])
+    report.studies = [
+        _study(label, rows, f'study-{i}') for i, (label, rows) in enumerate((studies or {}).items())
+    ]
     if len(runs) > 1:
         common = common_metric(runs, metric)
         report.columns, report.rows = table(runs, common)
@@ -124,6 +152,11 @@ def make_report(
             for picture in section.pictures:  # no two files and no two ids are the same
                 picture.name = f'{section.anchor}-{picture.name}'
     return report
+
+
+def _study(label: str, rows: Sequence[Row], name: str) -> StudySection:
+    methods, metric = methods_of(rows), rows[0]['metric']
+    return StudySection(label, *study_table(methods, metric), study_picture(methods, metric, name))
 
 
 def _section(run: Run, anchor: str, metric: str | None) -> Section:
@@ -181,7 +214,8 @@ def _costs(run: Run) -> list[tuple[str, str, str, str]]:
         values = [run.plain.get(key), run.averages.get(key), last]
         if any(value is not None for value in values):
             size, unit = scale_of(key, values)
-            rows.append((f'{name}, {unit}', *(number(scaled(v, size)) for v in values)))
+            plain, average, now = (number(scaled(value, size)) for value in values)
+            rows.append((f'{name}, {unit}', plain, average, now))
     if 'time' in run.averages:
         rows.append(('time of training, relative', '1', number(run.averages['time']), '–'))
     if run.seconds is not None:

@@ -30,6 +30,7 @@ def number(value: float | None, digits: int = 3) -> str:
 def count(n: int, noun: str) -> str:
     """``1 branch``, ``2 branches``."""
     plural = f'{noun}es' if noun.endswith(('ch', 's')) else f'{noun}s'
+    plural = f'{noun[:-1]}ies' if noun.endswith('dy') else plural
     return f'{number(n)} {noun if n == 1 else plural}'
 
 

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dyrep_mm.reparam.block import Block
 from dyrep_mm.reparam.branches import ORIGIN
-from dyrep_mm.reparam.norms import change_statistics
+from dyrep_mm.reparam.norms import change_statistics, tracked
 from dyrep_mm.surgery.tree import ancestors, get_module, outermost, state_kept
 from dyrep_mm.surgery.usage import Verdict, has_few_values, in_parallel, reasons_of
 
@@ -86,8 +86,7 @@ def calibrate(
         if variances[path]:
             block.origin_std.copy_(torch.stack(variances[path]).mean(0).sqrt())
     statistics = {
-        path: [block.origin_std]
-        + [t for norm in norms[path] for t in (norm.running_mean, norm.running_var)]
+        path: [block.origin_std, *(t for norm in norms[path] for t in tracked(norm)[:2])]
         for path, block in blocks.items()
     }
     reached = _average(statistics, {path: bool(variances[path]) for path in blocks})
@@ -161,7 +160,7 @@ def remeasure(
         if seen[path]:
             statistics[path] = [torch.stack(t).mean(0) for t in zip(*seen[path], strict=True)]
         else:
-            own = [t for norm in norms.get(path, ()) for t in (norm.running_mean, norm.running_var)]
+            own = [t for norm in norms.get(path, ()) for t in tracked(norm)[:2]]
             wide = torch.promote_types(block.origin_std.dtype, torch.float32)
             statistics[path] = [t.to(wide, copy=True) for t in (block.origin_std, *own)]
     for path in _average(statistics, {path: bool(seen[path]) for path in blocks}):
@@ -233,9 +232,9 @@ def _average(statistics: dict[str, list[Tensor]], is_reached: dict[str, bool]) -
     return {path for path, count in zip(is_reached, counts.tolist(), strict=True) if count}
 
 
-def _norms_of(blocks: Mapping[str, Block]) -> dict[str, list[nn.Module]]:
+def _norms_of(blocks: Mapping[str, Block]) -> dict[str, list[_BatchNorm]]:
     """The norms of the added branches, each with the innermost of its blocks."""
-    norms: dict[str, list[nn.Module]] = {}
+    norms: dict[str, list[_BatchNorm]] = {}
     known: set[int] = set()
     for path in reversed(list(blocks)):
         modules = [m for branch in blocks[path].added for m in branch.modules()]

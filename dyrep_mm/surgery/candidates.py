@@ -6,6 +6,7 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -171,7 +172,7 @@ def obstacle(
     return None
 
 
-def leave_alone(conv: nn.Conv2d, reason: str) -> None:
+def leave_alone(conv: nn.Module, reason: str) -> None:
     """Mark a conv: it stays plain for ``reason``. A copy has the mark too."""
     setattr(conv, _LEFT_ALONE, reason)
 
@@ -226,7 +227,8 @@ def _asks_for_nothing(method: Callable | staticmethod | classmethod) -> bool:
     """Whether a module alone is enough to call ``method`` of its class."""
     if isinstance(method, staticmethod):
         return False  # it sees no module
-    parameters = list(inspect.signature(getattr(method, '__func__', method)).parameters.values())
+    function: Any = getattr(method, '__func__', method)
+    parameters = list(inspect.signature(function).parameters.values())
     return all(
         p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         for p in parameters[1:]

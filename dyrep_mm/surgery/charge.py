@@ -8,7 +8,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -129,8 +129,8 @@ class CostOf:
         changes: dict[str, tuple[dict, dict]] = {}
         for kind, change in enumerate((grow, prune)):
             for path, names in with_copies(change or {}, self._copies).items():
-                part = outermost(self._model, path)
-                changes.setdefault(part, ({}, {}))[kind][path] = names
+                whole = outermost(self._model, path)
+                changes.setdefault(whole, ({}, {}))[kind][path] = names
         if any(path not in self._parts for path in changes if changes[path][0]):
             return math.inf
         total = self.plain
@@ -162,8 +162,8 @@ class CostOf:
     def _run(self, part: nn.Module, count: float, size: Pair) -> float:
         """Multiply-adds of ``part`` on ``count`` maps for each image."""
         maps = max(round(count * self._images), 1)
-        weight = origin_of(part).weight
-        x = torch.empty(maps, part.in_channels, *size, dtype=weight.dtype, device='meta')
+        conv = origin_of(part)
+        x = torch.empty(maps, conv.in_channels, *size, dtype=conv.weight.dtype, device='meta')
         if not isinstance(part, Block):
             return count * multiply_adds_of(part, size)
         with torch.no_grad(), _Counter() as counter:
@@ -224,10 +224,10 @@ def _run_here(part: nn.Module, autocast: bool) -> None:
     no branch merges with the statistics of the batch."""
     across = [m for m in part.modules() if isinstance(m, nn.SyncBatchNorm)]
     for norm in across:  # it refuses this device
-        norm.__class__ = nn.BatchNorm2d
+        norm.__class__ = cast(Any, nn.BatchNorm2d)
     if autocast or across:
         for block in blocks_of(part).values():
-            block.may_merge = lambda _: False
+            vars(block)['may_merge'] = lambda _: False
 
 
 def _changed(
@@ -247,12 +247,12 @@ def _changed(
     # A branch of another project may draw from torch's own generator.
     with torch.random.fork_rng(devices=[]), torch.device('meta'):
         for inside in sorted(grow, key=lambda inside: inside.count('.')):
-            conv = get_module(holder, at(inside))
+            conv = cast(nn.Conv2d, get_module(holder, at(inside)))
             block = Block(conv, grow[inside], norm)
             prepare(block)
             replace(holder, at(inside), block)
     for inside in sorted(prune, key=lambda inside: inside.count('.'), reverse=True):
-        block = get_module(holder, at(inside))
+        block = cast(Block, get_module(holder, at(inside)))
         for name in set(prune[inside]):
             del block.branches[name]
         if block.names == [ORIGIN]:

@@ -7,6 +7,7 @@ structure is counted from it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.reparam.block import Block, has_gained_bias, origin_of
 from dyrep_mm.reparam.branches import multiply_adds_of
+from dyrep_mm.reparam.geometry import pair
 from dyrep_mm.surgery.tree import blocks_of, depth_of, get_module
 
 #: By path of a conv, block or linear layer, its calls: how many maps for one image, their height
@@ -43,7 +45,7 @@ class SizeWatch:
             if isinstance(module, (nn.Conv2d, nn.Linear, Block)) and depth_of(model, path) == 0
         ]
 
-    def _noter(self, path: str):
+    def _noter(self, path: str) -> Callable:
         def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
             inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             # Activation checkpointing runs a layer again in the backward.
@@ -51,7 +53,7 @@ class SizeWatch:
                 return
             x = inputs[0]
             linear = isinstance(module, nn.Linear)
-            size = (1, 1) if linear else tuple(x.shape[-2:])
+            size = (1, 1) if linear else pair(x.shape[-2:])
             count = x.numel() // max(x.shape[-1] if linear else x.shape[-3:].numel(), 1)
             if self.images is None:
                 self.images = max(len(x), 1)
@@ -68,8 +70,9 @@ class SizeWatch:
         """Stop watching; the sizes that were seen."""
         for handle in self._handles:
             handle.remove()
+        images = self.images or 1  # none where nothing ran
         return {
-            path: [[count / self.images, *size] for size, count in calls.items()]
+            path: [[count / images, *size] for size, count in calls.items()]
             for path, calls in self._calls.items()
         }
 
@@ -109,6 +112,23 @@ def multiply_adds(model: nn.Module, sizes: Sizes, *, plain: bool = False) -> flo
             module = origin_of(module)
         total += sum(n * multiply_adds_of(module, (int(h), int(w))) for n, h, w in calls)
     return total
+
+
+def branch_costs(model: nn.Module, sizes: Sizes) -> dict[str, dict[str, float]]:
+    """Multiply-adds of one forward of one image through each branch, by path of its outermost block
+    and name, as :func:`multiply_adds` counts them; nothing of blocks that were not seen."""
+    blocks = blocks_of(model)
+    return {
+        path: {
+            name: sum(
+                n * multiply_adds_of(blocks[path].branches[name], (int(h), int(w)))
+                for n, h, w in calls
+            )
+            for name in blocks[path].names[1:]
+        }
+        for path, calls in sizes.items()
+        if path in blocks
+    }
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dyrep_mm.reparam.block import has_gained_bias, origin_of
 from dyrep_mm.reparam.branches import kernel_of
 from dyrep_mm.surgery.outputs import following_norms
 from dyrep_mm.surgery.structure import altered
-from dyrep_mm.surgery.tree import get_module, replace
+from dyrep_mm.surgery.tree import replace
 
 
 @torch.no_grad()
@@ -136,12 +136,12 @@ def fuse(
         conv.weight.data = state[f'{start}weight'].data
         bias = state.get(f'{start}bias')
         if conv.bias is not None and not has_gained_bias(conv):
-            conv.bias.data = bias
+            conv.bias.data = state[f'{start}bias']
         else:
             conv.bias = None if bias is None else nn.Parameter(bias)
             vars(conv).pop('gained_bias', None)
         for norm in norms.get(path, ()):
-            get_module(fused, norm).running_mean.copy_(state[f'{norm}.running_mean'])
+            fused.get_buffer(f'{norm}.running_mean').copy_(state[f'{norm}.running_mean'])
         if not path:
             return conv
         replace(fused, path, conv)

@@ -10,7 +10,7 @@ is, whether it is frozen or not. Every other parameter is left in or out, as the
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -42,8 +42,9 @@ def donors(model: nn.Module) -> dict[Parameter, list[Parameter]]:
         origin, norm = origin_of(module), near_norm(model, path) or spare
         for name, parameter in added_parameters(module):
             last = name.rpartition('.')[2]
-            beside = getattr(norm, last, None) if parameter.ndim == 1 else None
-            result[parameter] = [p for p in (beside, origin.weight) if p is not None]
+            beside: Parameter | None = getattr(norm, last, None) if parameter.ndim == 1 else None
+            weight = cast(Parameter, origin.weight)
+            result[parameter] = [weight] if beside is None else [beside, weight]
     return result
 
 
@@ -110,19 +111,21 @@ def sync_optimizer(
         if places == sorted(places):
             parameters.sort(key=lambda p: order[id(p)])
         group['params'] = parameters
-        _start_momentum(optimizer, group)
+        start_momentum(optimizer, group)
         if 'param_names' in group:
             group['param_names'] = [names[id(p)] for p in parameters]
 
 
-def _start_momentum(optimizer: Optimizer, group: dict[str, Any]) -> None:
-    """Start new parameters at a momentum of zero under torch's fused SGD.
+def start_momentum(optimizer: Optimizer, group: dict[str, Any]) -> None:
+    """Start parameters that have none at a momentum of zero under torch's fused SGD.
 
     It expects a momentum buffer for every parameter once it has one; other optimizers start the
     state of each parameter when it comes.
     """
+    if not group.get('fused'):
+        return
     states = [optimizer.state.get(parameter, {}) for parameter in group['params']]
-    if group.get('fused') and any(state.get('momentum_buffer') is not None for state in states):
+    if any(state.get('momentum_buffer') is not None for state in states):
         for parameter in group['params']:
             if optimizer.state[parameter].get('momentum_buffer') is None:
                 optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)

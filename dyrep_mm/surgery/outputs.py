@@ -117,7 +117,9 @@ class _Uses(TorchDispatchMode):
     def note(self, values: Any) -> None:
         self.elsewhere.update(p for v in tree_leaves(values) if (p := self.maker(v)) is not None)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if not self.in_norm:
             self.note((args, kwargs))
         return func(*args, **(kwargs or {}))

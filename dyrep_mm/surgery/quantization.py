@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dyrep_mm.surgery.outputs import following_norms
 from dyrep_mm.surgery.tree import get_module
@@ -72,7 +73,7 @@ def norms_behind(
     paths = list(paths)
     found = following_norms(model, paths, inputs, forward)
     return {
-        path: [(name, get_module(model, name).eps) for name in found.get(path, [])]
+        path: [(n, cast(_BatchNorm, get_module(model, n)).eps) for n in found.get(path, [])]
         for path in paths
     }
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any, cast
 
 from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -13,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.reparam.block import Block, gain_bias, has_gained_bias, lose_bias, origin_of
 from dyrep_mm.reparam.branches import ORIGIN, check_operations
-from dyrep_mm.reparam.norms import change_statistics, check_branch_norm, norm_like
+from dyrep_mm.reparam.norms import change_statistics, check_branch_norm, norm_like, tracked
 from dyrep_mm.surgery.candidates import holders_of, obstacle, preset
 from dyrep_mm.surgery.structure import (
     Plan,
@@ -231,9 +232,9 @@ def _make_plain(
     return gone
 
 
-def _regain(conv: nn.Conv2d, bias: nn.Parameter) -> None:
+def _regain(conv: nn.Conv2d, bias: Tensor | None) -> None:
     gain_bias(conv)
-    conv.bias = bias
+    conv.bias = cast(nn.Parameter, bias)
 
 
 def _follow_biases(
@@ -307,7 +308,7 @@ def mirror(averaged: nn.Module, model: nn.Module, plan: Plan) -> None:
     """
     blocks = insert(averaged, plan.grow, lambda _: Generator())
     for path in reversed(blocks):
-        adopt(blocks[path], get_module(model, path))
+        adopt(blocks[path], cast(Block, get_module(model, path)))
     for path, names in plan.prune.items():
         prune(averaged, path, names)
 
@@ -347,7 +348,8 @@ def adopt_statistics(block: Block, source: Block) -> None:
     did."""
     pairs = zip(block.added_norms, source.added_norms, strict=True)
     for norm, measured in pairs:
-        change_statistics(norm, measured.running_mean, measured.running_var)
+        mean, var, _ = tracked(measured)
+        change_statistics(norm, mean, var)
     block.origin_std.copy_(source.origin_std)
 
 
@@ -422,7 +424,7 @@ def _put_back(
     what is below and ``gained`` a bias loses it."""
     for path in gained:
         if in_scope(path, paths):
-            lose_bias(get_module(model, path))
+            lose_bias(cast(nn.Conv2d, get_module(model, path)))
     for path in reversed(blocks):
         if in_scope(path, paths):
             replace(model, path, blocks[path].branches[ORIGIN])
@@ -451,7 +453,7 @@ def _make_block(
 
 
 def _check_state(
-    path: str, block: Block, structure: Mapping[str, Sequence[str]], state: Mapping[str, Tensor]
+    path: str, block: Block, structure: Mapping[str, Any], state: Mapping[str, Tensor]
 ) -> None:
     """Raise ``DyRepError`` unless ``state`` has what the block at ``path`` holds, but for convs
     that become blocks in their turn."""

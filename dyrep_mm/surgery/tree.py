@@ -9,7 +9,7 @@ import copy
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,10 @@ def get_module(model: nn.Module, path: str) -> nn.Module:
     module = model
     for name in path.split('.') if path else ():
         # Not `getattr`: a property such as `Block.origin` is a second name of a module.
-        module = module._modules.get(name)
-        if module is None:
+        inner = module._modules.get(name)
+        if inner is None:
             raise DyRepError(f'{type(model).__name__} has no module named {path!r:.300}')
+        module = inner
     return module
 
 
@@ -53,7 +54,7 @@ def ancestors(model: nn.Module, path: str) -> Iterator[nn.Module]:
     module = model
     for name in path.split('.') if path else ():
         yield module
-        module = module._modules[name]
+        module = cast(nn.Module, module._modules[name])
 
 
 def depth_of(model: nn.Module, path: str) -> int:
@@ -153,7 +154,7 @@ def state_kept(model: nn.Module, but: Iterable[Tensor] = ()) -> Iterator[None]:
     values: dict[int, tuple[Any, Any, Any]] = {}
     for module in model.modules():
         plain = {name: v for name, v in vars(module).items() if name not in _OF_EVERY_MODULE}
-        tables = [(t, dict(t)) for t in (module._parameters, module._buffers)]
+        tables: list[Any] = [(t, dict(t)) for t in (module._parameters, module._buffers)]
         attributes.append((module, plain, tables))
         for value in (*plain.values(), *tables[0][1].values(), *tables[1][1].values()):
             _remember(value, left, values)

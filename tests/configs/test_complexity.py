@@ -78,8 +78,9 @@ def test_is_what_the_paper_says(config, structure, size, flops, parameters):
 )
 def test_plain_stack_is_the_deployed_repvgg(config, flops, parameters):
     cfg = Config.fromfile(FOLDER / f'{config}.py')
-    plain = build_model(cfg).backbone
-    deployed = RepVGG(cfg.model.backbone.arch, deploy=True)
+    with torch.device('meta'):
+        plain = build_model(cfg).backbone
+        deployed = RepVGG(cfg.model.backbone.arch, deploy=True)
     kernels = [
         [(m.weight.shape, m.stride, m.groups) for m in model.modules() if isinstance(m, nn.Conv2d)]
         for model in (plain, deployed)

@@ -3,7 +3,6 @@ cannot be imported: they predict what the run's own validation predicted."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from mmengine.runner import Runner
 from test_projects import BASES
 
 from dyrep_mm.engine.checkpoint import load_checkpoint
-from support.processes import call, run_tool
+from support.processes import ROOT, run_script, run_tool
 
 #: Small and fast; branches that matter from the start, and all boxes kept: rounding must not
 #: decide which.
@@ -127,8 +126,9 @@ def test_they_predict_what_the_validation_predicted(tmp_path, digits, library, a
     kinds = {file.name.partition('_')[0] + '-' * ('-' in file.stem) for file in files}
     assert kinds == {'iter', 'iter-', 'best', 'best-'}
     images = sorted(collect.found[3])[:2]
-    command = [sys.executable, '-m', 'support.inference', library, tmp_path / 'plain.py']
-    said = call(*command, tmp_path / 'found.pth', *images, '--', *files)
+    script = ROOT / 'tests' / 'support' / 'inference.py'
+    options = [library, tmp_path / 'plain.py', tmp_path / 'found.pth', *images, '--', *files]
+    said = run_script(script, *options)
     assert 'unexpected key' not in said
     assert 'missing keys' not in said
     found = torch.load(tmp_path / 'found.pth')

@@ -26,11 +26,14 @@ HOOK = {
 }
 
 
+SEARCH = {'warmup': 2, 'fixed': 3, 'calibration_batches': 1}
+
+
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('digits') / 'data'
     options = '--forms detection segmentation classification --size 96 --train 4 --val 2'
-    run_tool('digits', '--out', folder, *options.split())
+    run_tool('digits', '--out', folder, *options.split(), fresh=True)
     return folder
 
 
@@ -55,7 +58,8 @@ def load(name: str, digits: Path, work_dir: Path) -> Config:
     cfg.train_dataloader.sampler = {'type': 'InfiniteSampler', 'shuffle': True}
     hooks = {'checkpoint': {'type': 'CheckpointHook', 'interval': 7, 'by_epoch': False}}
     if 'dyrep' in cfg.default_hooks:
-        hooks['dyrep'] = {**cfg.default_hooks.dyrep, **HOOK}
+        hook = cfg.default_hooks.dyrep
+        hooks['dyrep'] = {**hook, **(SEARCH if hook.type.endswith('RepNASHook') else HOOK)}
     cfg.default_hooks = hooks
     cfg.work_dir, cfg.experiment_name, cfg.log_level = str(work_dir), work_dir.name, 'WARNING'
     cfg.visualizer = {'type': 'Visualizer'}
@@ -73,7 +77,7 @@ def train(cfg: Config, out: Path) -> tuple[Path, Path, Evaluation]:
     checkpoint = Path(cfg.work_dir) / 'iter_7.pth'
     said = load_checkpoint(checkpoint)['meta']['dyrep_mm']
     assert said['structure'] == structure_of(runner.model)
-    assert any(entry['grown'] for entry in said['journal'])
+    assert said['method'] == 'RepNAS' or any(entry['grown'] for entry in said['journal'])
     assert any(entry['pruned'] for entry in said['journal'])
     cfg.dump(out / 'config.py')
     report = fuse_checkpoint(out / 'config.py', checkpoint, out / 'fused.pth', size=64)
@@ -112,6 +116,12 @@ def stage_c(digits, tmp_path_factory) -> tuple[Path, Path, Evaluation]:
 def test_classification(digits, stage_c, tmp_path):
     _, fused, before = stage_c
     check_fused(load('resnet50_digits.py', digits, tmp_path), fused, before)
+
+
+@pytest.mark.slow
+def test_a_search(digits, tmp_path):
+    _, fused, before = train(load('resnet50_odbb_digits.py', digits, tmp_path / 'run'), tmp_path)
+    check_fused(load('resnet50_digits.py', digits, tmp_path / 'plain'), fused, before)
 
 
 @pytest.mark.parametrize('model', ['faster-rcnn_r50_fpn', 'pspnet_r50-d8'])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import pytest
 from mmengine.config import Config
 
 from dyrep_mm.engine.checkpoint import load_checkpoint
-from support.processes import ROOT, call, environment, run_tool
+from support.processes import call, environment, run_script, run_tool
+from support.wheels import copy_sources
 
 #: What all three projects train with; text style.
 SCHEDULE = """
@@ -97,11 +97,7 @@ METRIC = {'mmpretrain': 'accuracy/top1', 'mmdet': 'coco/bbox_mAP', 'mmseg': 'mIo
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory) -> Path:
     """A folder with what the wheel installs, and nothing else."""
-    source = tmp_path_factory.mktemp('source')
-    for name in ('setup.py', 'pyproject.toml', 'README.md', 'LICENSE'):
-        shutil.copy(ROOT / name, source)
-    ignore = shutil.ignore_patterns('__pycache__')
-    shutil.copytree(ROOT / 'dyrep_mm', source / 'dyrep_mm', ignore=ignore)
+    source = copy_sources(tmp_path_factory.mktemp('source') / 'checkout')
     site = tmp_path_factory.mktemp('site')
     pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check']
     build = ['wheel', '--no-deps', '--no-build-isolation', '--no-index', '-w', source / 'dist']
@@ -157,15 +153,12 @@ def test_trains_and_tests_with_its_own_tools(tmp_path, wheel, digits, library, s
     assert where.startswith(str(wheel))
     tools = Path(importlib.util.find_spec(library).origin).parent / '.mim' / 'tools'
     options = ['--work-dir', tmp_path / 'run']
-    said = call(sys.executable, tools / 'train.py', config, *options, env=variables, cwd=tmp_path)
+    place = {'env': variables, 'cwd': tmp_path}
+    said = run_script(tools / 'train.py', config, *options, **place)
     assert 'DyRep update 2 at iteration 4' in said
     checkpoint = tmp_path / 'run' / 'iter_5.pth'
     record = load_checkpoint(checkpoint)['meta']['dyrep_mm']
     assert record['structure']
-    said = call(
-        *(sys.executable, tools / 'test.py', config, checkpoint, *options),
-        env=variables,
-        cwd=tmp_path,
-    )
+    said = run_script(tools / 'test.py', config, checkpoint, *options, **place)
     assert METRIC[library] in said
     assert 'unexpected key' not in said

@@ -234,13 +234,16 @@ def test_the_deepest_structure_works(tmp_path):
         ('start', {'parameters': 'many'}, 'start'),
         ('iteration', -1, 'counts'),
         ('timing', {'steps': 'few'}, 'timing'),
+        ('method', 3, 'method'),
+        ('units', [1], 'units'),
+        ('units', {'backbone.conv1.branches.1x1.unit': 1.0}, 'units'),
     ],
 )
 def test_record_of_a_stranger(tmp_path, made, place, value, word):
     bad = load_checkpoint(made / 'iter_5.pth')
     if place == 'record':
         bad['meta']['dyrep_mm'] = value
-    elif place in ('journal', 'plain', 'start', 'iteration', 'timing'):
+    elif place in ('journal', 'plain', 'start', 'iteration', 'timing', 'method'):
         bad['meta']['dyrep_mm'][place] = value
     elif place == 'progress':
         bad['dyrep_mm'] = value
@@ -264,3 +267,10 @@ def test_weights_that_are_not_of_the_structure(tmp_path, made):
     run = runner(tmp_path, [dict(PRUNING)], iters=9, load_from=str(tmp_path / 'bad.pth'))
     with pytest.raises(DyRepError, match=name):
         run.train()
+
+
+def test_the_original_line_of_mmengine_has_no_list_of_safe_classes(tmp_path, monkeypatch):
+    runner(tmp_path, [dict(PRUNING)], iters=3).train()
+    monkeypatch.delattr('mmengine.runner.checkpoint.get_torch_safe_globals', raising=False)
+    checkpoint = load_checkpoint(tmp_path / 'iter_3.pth')
+    assert checkpoint['message_hub']['log_scalars']['train/loss'].current() > 0

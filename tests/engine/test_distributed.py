@@ -50,6 +50,19 @@ def test_fixed_statistics_are_the_same_everywhere(reports):
     assert first['statistics'] == second['statistics']
 
 
+def test_ranks_search_together(reports):
+    """The same branches are on and the same alphas learn, though not every parameter has a gradient
+    in every iteration and DDP looks for no unused ones."""
+    first, second = (report['search'] for report in reports)
+    assert_in_step(first, second, updates=2)
+    assert first['masks'] == second['masks']
+    assert {sum(mask) for mask in first['masks'][:6]} == {8}
+    assert len(first['alphas']) == 5
+    assert first['alphas'] == second['alphas']
+    assert any(first['alphas'][-1])
+    assert first['journal'][-1]['pruned']
+
+
 def test_a_sample_of_all_processes(reports):
     assert all(report['sampled']['apart'] < 1e-10 for report in reports)
 

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from support.processes import start_worker
 KILLS = int(os.environ.get('DYREP_KILLS', '20'))
 LAST = {
     'iterations': 'iter_24.pth',
+    'search': 'iter_24.pth',
     'epochs': 'epoch_6.pth',
     'accumulating': 'epoch_6.pth',
 }
@@ -58,12 +61,16 @@ def content(path: Path) -> dict:
 
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory) -> dict[str, Path]:
-    """Runs that are never killed."""
+def whole(tmp_path_factory) -> Callable[[str], Path]:
+    """Runs that are never killed, each made when it is asked for."""
     folder = tmp_path_factory.mktemp('whole')
-    for kind in LAST:
+
+    @functools.cache
+    def make(kind: str) -> Path:
         finish(folder / kind, kind)
-    return {kind: folder / kind for kind in LAST}
+        return folder / kind
+
+    return make
 
 
 def assert_never_killed(work_dir: Path, whole: Path, kind: str) -> int:
@@ -74,7 +81,10 @@ def assert_never_killed(work_dir: Path, whole: Path, kind: str) -> int:
     return assert_equal_data(expected, actual)
 
 
-@pytest.mark.parametrize('kind', LAST)
+SLOW = pytest.param('search', marks=pytest.mark.slow)  # its resumes are tested elsewhere too
+
+
+@pytest.mark.parametrize('kind', [*(kind for kind in LAST if kind != 'search'), SLOW])
 def test_killed_while_it_writes_and_while_it_edits(tmp_path, whole, kind):
     """Kills at the two worst moments, at which the process waits for them."""
     work_dir = tmp_path / 'run'
@@ -86,7 +96,7 @@ def test_killed_while_it_writes_and_while_it_edits(tmp_path, whole, kind):
         assert kill(process), ''.join(printed[-30:])
         assert all(map(is_whole, work_dir.glob('*.pth'))) is (moment == 'edits')
     finish(work_dir, kind)
-    assert assert_never_killed(work_dir, whole[kind], kind) > 50
+    assert assert_never_killed(work_dir, whole(kind), kind) > 50
 
 
 @pytest.mark.slow
@@ -107,7 +117,7 @@ def test_killed_at_random(tmp_path, whole, kind, capsys):
             kills += 1
             torn += not all(map(is_whole, work_dir.glob('*.pth')))
         finish(work_dir, kind)
-        tensors += assert_never_killed(work_dir, whole[kind], kind)
+        tensors += assert_never_killed(work_dir, whole(kind), kind)
         runs += 1
     with capsys.disabled():
         print(

@@ -15,12 +15,13 @@ from pathlib import Path
 from mmengine.fileio import LocalBackend
 
 from dyrep_mm.engine.transaction import Transaction
-from support.runs import PRUNING, call_at, runner
+from support.runs import PRUNING, SEARCH, call_at, runner
 
 PIECES = 8
 #: What a run of each kind is made of.
 KINDS = {
     'iterations': {'iters': 24, 'every': 5},  # not a multiple of the interval of 2
+    'search': {'iters': 24, 'every': 5},
     # It also writes best checkpoints, and then the last one anew.
     'epochs': {
         'epochs': 6,
@@ -86,6 +87,8 @@ def write_half(kind: str) -> Callable:
 def main() -> None:
     work_dir, kind, mode = sys.argv[1], sys.argv[2], ''.join(sys.argv[3:])
     hook = {**PRUNING, 'interval': 2 if kind == 'iterations' else 1}
+    if kind == 'search':
+        hook = {**SEARCH, 'warmup': 4, 'fixed': 4, 'interval': 4}
     hooks = [hook, {'type': 'EMAHook', 'momentum': 0.1}]
     run = runner(work_dir, hooks, **KINDS[kind], resume=True)
     print('ready', flush=True)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,73 @@ def call(*command: object, code: int = 0, **options: Any) -> str:
     return (done.stdout + done.stderr).strip()
 
 
-def run_tool(name: str, *arguments: object, code: int = 0) -> str:
-    """Run a tool of the project; returns all that it printed."""
-    return call(sys.executable, f'tools/{name}.py', *arguments, code=code)
+class Nursery:
+    """The process of :mod:`support.nursery`, started when it is needed first."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen | None = None
+
+    def run(self, **request: Any) -> tuple[int, str]:
+        """Exit status of a script and what it printed."""
+        if self.process is None:
+            self.process = subprocess.Popen(
+                [sys.executable, '-m', 'support.nursery'],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environment(),
+                cwd=ROOT,
+            )
+            assert self.process.stdout.readline() == 'ready\n'
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / 'out'
+            print(json.dumps({**request, 'out': str(out)}), file=self.process.stdin, flush=True)
+            code = int(self.process.stdout.readline())
+            return code, out.read_text()
+
+
+NURSERY = Nursery()
+
+
+def run_script(
+    script: str | Path,
+    *arguments: object,
+    code: int = 0,
+    cwd: str | Path = ROOT,
+    env: dict[str, str] | None = None,
+) -> str:
+    """Run a script that uses the libraries, in a process that has imported them already; returns
+    all that it printed.
+
+    Args:
+        script: Path, from ``cwd``.
+        arguments: Of its command line.
+        code: The exit status that it must have.
+        cwd: Where it runs.
+        env: Its variables; those of :func:`environment` by default.
+    """
+    done, said = NURSERY.run(
+        script=str(script),
+        arguments=[*map(str, arguments)],
+        cwd=str(cwd),
+        env=environment() if env is None else env,
+    )
+    assert done == code, said[-6000:]
+    return said.strip()
+
+
+def run_tool(name: str, *arguments: object, code: int = 0, fresh: bool = False) -> str:
+    """Run a tool of the project; returns all that it printed.
+
+    Args:
+        name: Of the file in ``tools/``.
+        arguments: Of its command line.
+        code: The exit status that it must have.
+        fresh: As from a shell, with all imports; else as :func:`run_script`.
+    """
+    if fresh:
+        return call(sys.executable, f'tools/{name}.py', *arguments, code=code)
+    return run_script(f'tools/{name}.py', *arguments, code=code)
 
 
 def start_worker(module: str, *arguments: object, **options: Any) -> subprocess.Popen:

@@ -27,7 +27,7 @@ from dyrep_mm.surgery.optimizer import check_optimizer
 from dyrep_mm.surgery.tree import blocks_of
 from support.checks import without_times
 from support.nets import randomise
-from support.runs import PRUNING, TinyBackbone, TinyClassifier, call_at, dyrep, runner
+from support.runs import PRUNING, SEARCH, TinyBackbone, TinyClassifier, call_at, dyrep, runner
 
 WRAPPER = {
     'type': 'MMDistributedDataParallel',
@@ -238,6 +238,29 @@ def case_fixed(folder: Path, rank: int) -> dict:
     norms = [n for block in blocks_of(model).values() for n in block.added_norms]
     report['statistics'] = digest(*(dict(norm.named_buffers()) for norm in norms))
     return report
+
+
+def case_search(folder: Path, rank: int) -> dict:
+    """All ranks draw the same branches, and learn the same of them, each on its own data."""
+    hook = {**SEARCH, 'seed': None, 'keep': 0.4}
+    report = train(
+        folder,
+        [hook, {'type': 'EMAHook', 'momentum': 0.2}],
+        randomness={'seed': 3, 'diff_rank_seed': True},
+    )
+    run, report['masks'], report['alphas'] = report['run'], [], []
+
+    def look(run):
+        if rule := dyrep(run).rule.sampler:
+            report['alphas'].append(rule.alphas.tolist())
+
+    def draw(run):
+        blocks = blocks_of(unwrap(run.model)).values()
+        report['masks'].append([branch.is_on for block in blocks for branch in block.added])
+
+    call_at(run, draw, 'before_train_iter')
+    call_at(run, look)
+    return finish(report)
 
 
 def case_sampled(folder: Path, rank: int) -> dict:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dyrep_mm import DyRepHook
+from dyrep_mm.engine.base import StructureHook
 from dyrep_mm.engine.checkpoint import load_checkpoint
 from dyrep_mm.engine.stock import from_stock
 from dyrep_mm.evolution.record import Entry, Record
@@ -144,6 +145,14 @@ class TinyLoss(BaseMetric):
 #: A hook that updates often; every branch that is below the mean is pruned.
 FAST = {'type': 'dyrep_mm.DyRepHook', 'interval': 2, 'calibration_batches': 2}
 PRUNING = {**FAST, 'prune_threshold': 0.0}
+
+#: A search of a few iterations.
+SEARCH = {
+    'type': 'dyrep_mm.RepNASHook',
+    'warmup': 2,
+    'fixed': 3,
+    'calibration_batches': 2,
+}
 
 
 def settings(
@@ -303,9 +312,9 @@ class ScriptedDyRepHook(DyRepHook):
         return Script(self.script)
 
 
-def dyrep(run: Runner) -> DyRepHook:
+def dyrep(run: Runner) -> StructureHook:
     """The hook of a runner."""
-    (hook,) = (h for h in run.hooks if isinstance(h, DyRepHook))
+    (hook,) = (h for h in run.hooks if isinstance(h, StructureHook))
     return hook
 
 

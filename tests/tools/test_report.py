@@ -10,7 +10,8 @@ from support.processes import run_tool
 def test_the_page_of_a_run(tmp_path):
     work_dir, out = tmp_path / 'run', tmp_path / 'report.html'
     write_run(work_dir, updates=2)
-    said = run_tool('report', work_dir, '--out', out, '--figures', tmp_path / 'figures')
+    figures = ['--figures', tmp_path / 'figures']
+    said = run_tool('report', work_dir, '--out', out, *figures, fresh=True)
     assert str(out) in said
     html = read_page(out)
     assert html.asked == []

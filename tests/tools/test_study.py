@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 
-from support.processes import ROOT, run_tool
+from support.processes import run_tool
 from support.runs import PRUNING, write_config
-
-
-@pytest.fixture(scope='module')
-def study():
-    sys.path.insert(0, str(ROOT / 'tools'))
-    try:
-        import study
-
-        yield study
-    finally:
-        sys.path.remove(str(ROOT / 'tools'))
 
 
 @pytest.fixture
@@ -40,7 +28,7 @@ def test_a_study_is_done_once_and_goes_on(tmp_path, configs):
     # mmengine's log smooths metrics that are named after a loss.
     options = ('--seeds', 2, '--jobs', 2, '--out', out, '--metric', 'fingerprint')
     command = ('study', *configs, *options)
-    said = run_tool(*command)
+    said = run_tool(*command, fresh=True)
     rows = rows_in(out)
     assert [(row['config'], row['seed']) for row in rows] == [
         (config, seed) for seed in (0, 1) for config in ('plain', 'grown')
@@ -95,33 +83,3 @@ def test_bad_input(tmp_path, configs, more, sentence):
     said = run_tool('study', '--seeds', 1, '--jobs', 1, '--out', out, configs[0], *more, code=1)
     assert said.splitlines()[-1].startswith('study: ')
     assert sentence in said
-
-
-def test_the_interval_of_paired_differences(study):
-    """Against values of Student's t from a table: 12.706 for one degree of freedom, 3.182 for
-    three."""
-    assert study.interval([1.0]) is None
-    assert study.interval([1.0, 3.0]) == pytest.approx((2.0, 12.706), rel=1e-4)
-    mean, half = study.interval([1.0, 2.0, 3.0, 6.0])
-    assert (mean, half) == pytest.approx((3.0, 3.1824 * (14 / 3) ** 0.5 / 2), rel=1e-4)
-
-
-def row(config, seed, value, seconds=1.0):
-    names = ('loss', 'parameters', 'multiply_adds', 'final_parameters', 'final_multiply_adds')
-    return {
-        **{'config': config, 'seed': seed, 'metric': 'accuracy/top1', 'value': value},
-        **dict.fromkeys(names, 2e9),
-        'seconds': seconds,
-    }
-
-
-def test_the_table_compares_seed_by_seed(study):
-    """Also where cells are missing."""
-    rows = [row('a', 0, 50.0), row('a', 1, 60.0), row('b', 0, 51.0, 1.5), row('b', 1, 62.0, 1.5)]
-    table = study.summary([*rows, row('c', 3, 55.0)], ['a', 'b', 'c', 'd'])
-    a, b, c, d = table.rows
-    assert a[:4] == ['a', 2, '55.00 ± 7.07', '']
-    assert b[:4] == ['b', 2, '56.50 ± 7.78', '+1.50 ± 6.35']
-    assert b[-1] == '1.50'
-    assert c[:4] == ['c', 1, '55.00', '']
-    assert d[:4] == ['d', 0, '', '']

@@ -62,6 +62,7 @@ def overrides(coco: Path, **more) -> list[str]:
         'model.backbone.init_cfg': None,
         # Boxes at all, after four iterations from nothing.
         'model.test_cfg.rcnn.score_thr': 0.0,
+        'model.test_cfg.rpn.max_per_img': 50,  # each is a box of 80 classes then
         **more,
     }
     return ['--cfg-options', *(f'{key}={value}' for key, value in settings.items())]
@@ -72,7 +73,7 @@ def trained(coco: Path, tmp_path_factory) -> Path:
     """A checkpoint of three short epochs, with two updates."""
     work_dir = tmp_path_factory.mktemp('run')
     options = overrides(coco, **{'train_cfg.max_epochs': 3, 'train_cfg.val_interval': 3})
-    log = run_tool('train', CONFIG, '--work-dir', work_dir, *options)
+    log = run_tool('train', CONFIG, '--work-dir', work_dir, *options, fresh=True)
     assert log.count('DyRep update') == 2
     return work_dir / 'epoch_3.pth'
 
@@ -81,7 +82,7 @@ def test_train_fuse_and_use_without_dyrep(coco, trained, tmp_path):
     assert [len(entry.grown) for entry in journal(trained)] == [1, 1]
 
     fused = tmp_path / 'fused.pth'
-    printed = run_tool('fuse', CONFIG, trained, fused)
+    printed = run_tool('fuse', CONFIG, trained, fused, fresh=True)
     assert 'relative difference' in printed
     content = torch.load(fused, weights_only=True)
     assert content.keys() == {'meta', 'state_dict'}
@@ -111,13 +112,14 @@ def test_test_and_compare(coco, trained, tmp_path):
     run_tool('fuse', CONFIG, trained, fused)
     out = tmp_path / 'predictions.pkl'
     options = overrides(coco)
-    printed = run_tool('test', CONFIG, trained, '--work-dir', tmp_path, '--out', out, *options)
+    arguments = [CONFIG, trained, '--work-dir', tmp_path, '--out', out, *options]
+    printed = run_tool('test', *arguments, fresh=True)
     assert 'bbox_mAP' in printed
     assert out.exists()
     plain = tmp_path / 'plain.py'
     plain.write_text("_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'\n")
     options = ['--work-dir', tmp_path, *options]
-    printed = run_tool('compare', CONFIG, trained, plain, fused, *options)
+    printed = run_tool('compare', CONFIG, trained, plain, fused, *options, fresh=True)
     assert 'coco/bbox_mAP' in printed
     largest = dict(re.findall(r'  (pred_instances\.\w+): (\S+)', printed))
     assert largest.keys() == {'pred_instances.' + name for name in ('bboxes', 'labels', 'scores')}

@@ -1,0 +1,11 @@
+# DyRep in stage C: the classifier trained with DyRep starts the plain detector, by its fused
+# weights, which are those that every checkpoint has in the place of stock ones.
+
+# -- Set this ------------------------------------------------------------------------------------
+# The last checkpoint of study/resnet18_dyrep_cifar10.py; STAGE_C is the folder of its study.
+checkpoint = '{{$STAGE_C:work_dirs/stage-c}}/resnet18_dyrep_cifar10/seed-0/epoch_10.pth'
+# ------------------------------------------------------------------------------------------------
+
+_base_ = './frcnn-r18_bccd.py'
+
+model = dict(backbone=dict(init_cfg=dict(checkpoint=checkpoint)))

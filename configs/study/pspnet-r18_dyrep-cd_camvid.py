@@ -1,0 +1,13 @@
+# DyRep in stages C and D: the classifier starts the backbone with its structure, which goes on
+# evolving.
+
+# -- Set this ------------------------------------------------------------------------------------
+# The last checkpoint of study/resnet18_dyrep_cifar10.py; STAGE_C is the folder of its study.
+checkpoint = '{{$STAGE_C:work_dirs/stage-c}}/resnet18_dyrep_cifar10/seed-0/epoch_10.pth'
+# ------------------------------------------------------------------------------------------------
+
+_base_ = './pspnet-r18_dyrep-d_camvid.py'
+
+model = dict(
+    backbone=dict(init_cfg=dict(type='dyrep_mm.DyRepPretrained', checkpoint=checkpoint)),
+)

@@ -1,5 +1,0 @@
-_base_ = ['./vgg8_cifar10.py', '../_base_/methods/dyrep.py']
-
-default_hooks = dict(
-    dyrep=dict(_base_.pop('dyrep'), interval=1, metric='gain', branch_norm='fixed', branches='best')
-)

@@ -1,0 +1,13 @@
+_base_ = ['./vgg8_cifar10.py', '../_base_/methods/dyrep.py']
+
+# Growing ends at 5/6 of the training, as in the authors' strategy files.
+default_hooks = dict(
+    dyrep=dict(
+        _base_.pop('dyrep'),
+        interval=1,
+        end=_base_.train_cfg.max_epochs * 5 // 6,
+        metric='gain',
+        branch_norm='fixed',
+        max_depth=1,
+    )
+)

@@ -1,0 +1,1 @@
+"""The commands that come with the package; ``tools/`` has them under the names of OpenMMLab."""

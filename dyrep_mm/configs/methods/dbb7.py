@@ -1,0 +1,3 @@
+"""``_base_/methods/dbb7.py`` in Python style."""
+
+globals().update(__import__('dyrep_mm.configs').configs.load_config('_base_/methods/dbb7.py'))

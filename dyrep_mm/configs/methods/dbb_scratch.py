@@ -1,0 +1,5 @@
+"""``_base_/methods/dbb-scratch.py`` in Python style."""
+
+globals().update(
+    __import__('dyrep_mm.configs').configs.load_config('_base_/methods/dbb-scratch.py')
+)
