@@ -36,7 +36,9 @@ _REPARAMETERIZES = re.compile(
 
 # The same words serve for what a module does with features, but then it is called with some; and a
 # whole network has them to call its blocks.
-_MAY_REPARAMETERIZE = re.compile(r'_?fuse(_\w+)?|_?convert_to_deploy|_?merge_\w+|(un)?merge|to_deploy')
+_MAY_REPARAMETERIZE = re.compile(
+    r'_?fuse(_\w+)?|_?convert_to_deploy|_?merge_\w+|(un)?merge|to_deploy'
+)
 
 # Methods that networks have and blocks do not, in timm and in OpenMMLab.
 _OF_NETWORKS = ('forward_features', 'extract_feat')

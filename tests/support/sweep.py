@@ -43,7 +43,7 @@ from dyrep_mm.surgery.candidates import candidates, left_alone, survey
 from dyrep_mm.surgery.outputs import following_norms
 from dyrep_mm.surgery.structure import Plan, altered
 from dyrep_mm.surgery.tree import Scope, blocks_of, get_module
-from support.nets import branchwise, randomise
+from support.nets import branchwise, norms_of, randomise
 from support.zoo import Case, model_config
 
 _NUMBERS = count()
@@ -217,8 +217,9 @@ class EverywhereDyRepHook(DyRepHook):
 
 
 class Grown(Hook):
-    """Notes after each iteration which convs are blocks; all that is zero at the start of a
-    training, so that nothing depends on a block, becomes random before."""
+    """Notes after each iteration which convs are blocks. Before, all that is zero at the start of a
+    training, or nothing has filled, becomes random, and BNs follow the data fast: else no output
+    depends on a block."""
 
     priority = 'LOWEST'
 
@@ -228,9 +229,13 @@ class Grown(Hook):
     @torch.no_grad()
     def before_train(self, runner: Runner) -> None:
         randomise(runner.model)
+        for norm in norms_of(runner.model):
+            norm.momentum = 0.5
         for parameter in runner.model.parameters():
-            if parameter.ndim and parameter.numel() > 1 and parameter.abs().max() < 1e-3:
-                parameter.uniform_(0.2, 0.8)  # last norms of residuals, scales of layers
+            if parameter.ndim and parameter.numel() > 1 and not 1e-3 <= parameter.abs().max() < 1e3:
+                # Last norms of residuals, scales of layers; kernels that make offsets.
+                fan = parameter[0].numel()
+                parameter.uniform_(0.2, 0.8) if fan == 1 else parameter.normal_(0, 0.1 / fan**0.5)
 
     def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         blocks = blocks_of(runner.model)

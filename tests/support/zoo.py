@@ -228,6 +228,7 @@ BACKBONES: dict[str, dict[str, dict[str, Any] | str]] = {
             'conv_cfg': {'type': 'ConvAWS'},
             'sac': {'type': 'SAC', 'use_deform': True},
             'stage_with_sac': (False, True, True, True),
+            'norm_eval': False,
             '_size': 128,
         },
         'DetectoRS_ResNet': {
@@ -235,6 +236,7 @@ BACKBONES: dict[str, dict[str, dict[str, Any] | str]] = {
             'conv_cfg': {'type': 'ConvAWS'},
             'sac': {'type': 'SAC', 'use_deform': True},
             'stage_with_sac': (False, True, True, True),
+            'norm_eval': False,
             '_size': 128,
         },
         'EfficientNet': {'arch': 'b0'},
@@ -354,11 +356,10 @@ DETECTORS: dict[str, dict[str, Any]] = {
     'centernet/centernet_r18_8xb16-crop512-140e_coco': {},
     'conditional_detr/conditional-detr_r50_8xb2-50e_coco': {},
     'dab_detr/dab-detr_r50_8xb2-50e_coco': {},
-    'ddod/ddod_r50_fpn_1x_coco': {'size': 128},
+    'ddod/ddod_r50_fpn_1x_coco': {'size': 384},
     'deformable_detr/deformable-detr_r50_16xb2-50e_coco': {},
     'detr/detr_r18_8xb2-500e_coco': {},
     'dino/dino-4scale_r50_8xb2-12e_coco': {'size': 256},
-    'dyhead/atss_r50_fpn_dyhead_1x_coco': {},
     'faster_rcnn/faster-rcnn_r50-caffe-dc5_1x_coco': {},
     'faster_rcnn/faster-rcnn_r50_fpn_1x_coco': {},
     'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco': {},
@@ -386,7 +387,6 @@ DETECTORS: dict[str, dict[str, Any]] = {
     'tood/tood_r50_fpn_1x_coco': {},
     'tridentnet/tridentnet_r50-caffe_1x_coco': {},
     'vfnet/vfnet_r50_fpn_1x_coco': {},
-    'yolact/yolact_r50_1xb8-55e_coco': {'size': 128},
     'yolo/yolov3_mobilenetv2_8xb24-320-300e_coco': {},
     'yolof/yolof_r50-c5_8xb8-1x_coco': {},
     'yolox/yolox_tiny_8xb8-300e_coco': {},
@@ -411,7 +411,7 @@ SEGMENTORS: dict[str, dict[str, Any]] = {
     'fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024': {},
     'gcnet/gcnet_r50-d8_4xb2-40k_cityscapes-512x1024': {},
     'isanet/isanet_r50-d8_4xb2-40k_cityscapes-512x1024': {},
-    'mobilenet_v3/mobilenet-v3-d8-scratch-s_lraspp_4xb4-320k_cityscapes-512x1024': {},
+    'mobilenet_v3/mobilenet-v3-d8-scratch-s_lraspp_4xb4-320k_cityscapes-512x1024': {'size': 512},
     'nonlocal_net/nonlocal_r50-d8_4xb2-40k_cityscapes-512x1024': {},
     'ocrnet/ocrnet_hr18_4xb2-40k_cityscapes-512x1024': {},
     'pidnet/pidnet-s_2xb6-120k_1024x1024-cityscapes': {},
@@ -532,7 +532,7 @@ def without_files(part: Any) -> Any:
 def narrow(model: dict[str, Any]) -> None:
     """A quarter of the channels for a ResNet-50, and for all that takes its features."""
     backbone = model['backbone']
-    if backbone['type'] not in ('ResNet', 'ResNetV1c', 'TridentResNet', 'ResNetV1d'):
+    if backbone['type'] not in ('ResNet', 'ResNetV1c', 'ResNetV1d'):
         return
     if backbone.get('depth') != 50:
         return
@@ -548,7 +548,8 @@ def narrow(model: dict[str, Any]) -> None:
             return
         for name, value in part.items():
             if name in ('in_channels', 'c1_in_channels', 'low_level_channels'):
-                if isinstance(value, (list, tuple)) and all(v in wide for v in value):
+                several = isinstance(value, (list, tuple))
+                if several and len({*value} & wide.keys()) == len(value):  # an FPN repeats its own
                     part[name] = [wide[v] for v in value]
                 elif (is_first and value in (1024, 2048)) or name == 'c1_in_channels':
                     part[name] = wide[value]
