@@ -31,7 +31,7 @@ PAGES = {
     '../CHANGELOG.md': 'changelog.md',
 }
 # Pages that index.md lists and that may be missing still.
-AWAITED = ('results', 'compatibility', 'repnas', 'support')
+AWAITED = ('results', 'repnas', 'support')
 
 myst_enable_extensions = ['dollarmath', 'colon_fence']
 myst_heading_anchors = 4  # the anchors that a code host gives, which plain links use

@@ -12,7 +12,7 @@ from torch import nn
 
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.reparam.block import Block
-from dyrep_mm.reparam.branches import OPERATIONS, ORIGIN, fitting
+from dyrep_mm.reparam.branches import OPERATIONS, ORIGIN, Branch, fitting
 from dyrep_mm.reparam.geometry import ConvSpec
 from dyrep_mm.surgery.copies import in_average
 from dyrep_mm.surgery.structure import PRESETS, Structure
@@ -159,7 +159,7 @@ def obstacle(
     if holders[id(conv.weight)] > 1:
         return 'its weight is shared with another module'
     for ancestor in ancestors(model, path):
-        if isinstance(ancestor, Block):  # it has such methods too, and counts on what is inside
+        if isinstance(ancestor, (Block, Branch)):  # they merge too, and count on what is inside
             continue
         if 'DeformConv' in type(ancestor).__name__:
             return 'it makes the offsets of a deformable conv'

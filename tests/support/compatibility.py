@@ -71,9 +71,9 @@ def convs_left_alone() -> str:
     lines = [
         '## Convs that stay plain',
         '',
-        'The reason stands in the log, and in the sentence with which a run is refused where',
-        'no conv can grow.',
-        '`tests/surgery/test_left_alone.py` has a conv of each kind.',
+        '`dyrep_mm.surgery.candidates.survey` gives the reasons for any model, and a run in which',
+        'no conv can grow is refused with them. `tests/surgery/test_left_alone.py` has a conv of',
+        'each kind.',
         '',
         '| conv | reason |',
         '|---|---|',
