@@ -371,7 +371,6 @@ DETECTORS: dict[str, dict[str, Any]] = {
     'libra_rcnn/libra-faster-rcnn_r50_fpn_1x_coco': {'size': 128},
     'mask2former/mask2former_r50_8xb2-lsj-50e_coco': {},
     'mask_rcnn/mask-rcnn_r50_fpn_1x_coco': {},
-    'nas_fcos/nas-fcos_r50-caffe_fpn_nashead-gn-head_4xb4-1x_coco': {},
     'paa/paa_r50_fpn_1x_coco': {},
     'pafpn/faster-rcnn_r50_pafpn_1x_coco': {},
     'panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco': {},

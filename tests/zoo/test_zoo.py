@@ -18,15 +18,10 @@ PAGE = (ROOT / 'docs' / 'compatibility.md').read_text() if not STORE else ''
 
 #: Small ones of many kinds.
 FAST = (
-    'mmpretrain-ResNet',
     'mmpretrain-MobileNetV3',
     'mmpretrain-RepVGG',
     'mmpretrain-ConvNeXt',
-    'mmpretrain-LeNet5',
     'mmdet-CSPNeXt',
-    'mmseg-BiSeNetV2',
-    'mmseg-UNet',
-    'mmdet-retinanet_r18_fpn_1x_coco',
     'mmseg-fast_scnn_8xb4-160k_cityscapes-512x1024',
 )
 NAMES = {str(case): case for case in CASES}
