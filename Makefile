@@ -9,7 +9,7 @@ PY := .venv/bin/python
 JOBS := $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 export PYTHONPATH :=
 
-.PHONY: setup cls demo lint test test-all soak docs dist clean
+.PHONY: setup cls demo lint test test-all soak zoo docs dist clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready
@@ -96,6 +96,13 @@ SEQUENCES ?= 200
 soak: .venv/.ready
 	OMP_NUM_THREADS=1 DYREP_KILLS=$(KILLS) DYREP_SEQUENCES=$(SEQUENCES) $(PY) -m pytest -m "" \
 	    --timeout 0 tests/engine/test_kill.py tests/surgery/test_sequences.py
+
+# Every model of the zoos anew, and the page about them: about an hour of one core.
+ZOO := work_dirs/zoo
+zoo: .venv/.ready
+	rm -rf $(ZOO)
+	OMP_NUM_THREADS=1 DYREP_ZOO=$(ZOO) $(PY) -m pytest -n $(JOBS) -m "" tests/zoo
+	PYTHONPATH=tests:. $(PY) -m support.compatibility $(ZOO) docs/compatibility.md
 
 # A source archive, and the wheel that is built from it.
 dist: .venv/.ready

@@ -30,8 +30,6 @@ PAGES = {
     '../CONTRIBUTING.md': 'contributing.md',
     '../CHANGELOG.md': 'changelog.md',
 }
-# Pages that index.md lists and that may be missing still.
-AWAITED = ('results', 'compatibility', 'repnas', 'support')
 
 myst_enable_extensions = ['dollarmath', 'colon_fence']
 myst_heading_anchors = 4  # the anchors that a code host gives, which plain links use
@@ -69,10 +67,6 @@ def adapt(app, name: str, source: list[str]) -> None:
     """Let a page of plain Markdown lead to pages of the site."""
     for file, page in PAGES.items():
         source[0] = source[0].replace(f']({file}', f']({page}')
-    if name == 'index':
-        for page in AWAITED:
-            if not Path(app.srcdir, f'{page}.md').exists():
-                source[0] = source[0].replace(f'\n{page}\n', '\n')
 
 
 def shorten(app, what, name, thing, options, signature: str | None, returned: str | None):

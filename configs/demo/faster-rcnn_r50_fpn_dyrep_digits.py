@@ -8,6 +8,6 @@ default_hooks = dict(
         interval=32,  # iterations, which is what the loop counts: four updates within 160
         metric='snip',  # the default cancels in front of BN that trains
         # Thousands of iterations move scales by hundredths, which is what the default waits for.
-        prune_threshold=1e-4,
+        prune_threshold=5e-5,
     ),
 )

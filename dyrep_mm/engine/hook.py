@@ -69,7 +69,8 @@ class DyRepHook(StructureHook):
         max_cost: Budget: multiply-adds of a training step, as blocks really run, over those of the
             plain model. Within it the best scores for what they add grow first, and pruning makes
             room. None sets no limit.
-        max_depth: How deep blocks may nest; 1 is no nesting.
+        max_depth: How deep blocks may nest; 1 is no nesting, which cost more than it gave
+            (docs/results.md).
         structure: What to start from: ``'dbb'``, ``'dbb7'``, ``'repvgg'``, a Structure file
             or a checkpoint.
         compensate: False: the kernel of a conv stays as it is where branches of ``structure`` join
@@ -109,7 +110,7 @@ class DyRepHook(StructureHook):
         prune_relative: bool = False,
         prune_below: float | None = None,
         max_cost: float | None = None,
-        max_depth: int = 2,
+        max_depth: int = 1,
         structure: str | os.PathLike | Mapping[str, Sequence[str]] | None = None,
         compensate: bool = True,
         seed: int | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -217,10 +217,20 @@ def first_line(error: Exception) -> str:
 @contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; what is drawn at random is the same each time."""
-    with modes_kept(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with ExitStack() as stack:
+        for context in (modes_kept(model), torch.no_grad(), torch.random.fork_rng(devices=[])):
+            stack.enter_context(context)
+        for module in model.modules():
+            if getattr(module._parameters.get('weight'), 'dtype', None) == torch.float64:
+                stack.callback(module.register_forward_pre_hook(_in_double).remove)
         torch.manual_seed(0)
         model.eval()
         yield
+
+
+def _in_double(_module: nn.Module, args: tuple) -> tuple:
+    """Arguments in float64: some models make float32 of positions, whatever they get."""
+    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
 
 def _sources(module: nn.Module, features: Any) -> list[str | int]:

@@ -81,9 +81,11 @@ def multiply_adds_of(module: nn.Module, size: Pair) -> int:
 def _make_conv(
     channels: Pair, size: Pair, generator: Generator | None, **geometry: Any
 ) -> nn.Conv2d:
-    """A conv without bias, initialised from ``generator`` as torch does from its own."""
+    """A conv without bias, initialised from ``generator``: normal, with the variance 2 / fan-out of
+    the authors' code. A smaller start learns faster, by the square of how much smaller it is."""
     conv = nn.utils.skip_init(nn.Conv2d, *channels, size, bias=False, **geometry)
-    nn.init.kaiming_uniform_(conv.weight, a=math.sqrt(5), generator=generator)
+    fan_out = conv.out_channels // conv.groups * math.prod(size)
+    nn.init.normal_(conv.weight, std=(2 / fan_out) ** 0.5, generator=generator)
     return conv
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from dyrep_mm.errors import DyRepError
 from dyrep_mm.reparam.block import Block
-from dyrep_mm.reparam.branches import OPERATIONS, ORIGIN, fitting
+from dyrep_mm.reparam.branches import OPERATIONS, ORIGIN, Branch, fitting
 from dyrep_mm.reparam.geometry import ConvSpec
 from dyrep_mm.surgery.copies import in_average
 from dyrep_mm.surgery.structure import PRESETS, Structure
@@ -36,7 +36,9 @@ _REPARAMETERIZES = re.compile(
 
 # The same words serve for what a module does with features, but then it is called with some; and a
 # whole network has them to call its blocks.
-_MAY_REPARAMETERIZE = re.compile(r'_?fuse(_\w+)?|_?convert_to_deploy|_?merge_\w+|to_deploy')
+_MAY_REPARAMETERIZE = re.compile(
+    r'_?fuse(_\w+)?|_?convert_to_deploy|_?merge_\w+|(un)?merge|to_deploy'
+)
 
 # Methods that networks have and blocks do not, in timm and in OpenMMLab.
 _OF_NETWORKS = ('forward_features', 'extract_feat')
@@ -83,19 +85,26 @@ def candidates(
 def survey(
     model: nn.Module, scope: Scope = None, branches: Sequence[str] | None = None
 ) -> dict[str, str | None]:
-    """Every KxK conv (K > 1) in ``scope``: None if it can grow, else why not."""
+    """Every conv above 1x1 in ``scope``, of any class: None if it can grow, else why not."""
     return {path: reason for path, _, reason in _verdicts(model, scope, branches)}
 
 
 def _verdicts(
     model: nn.Module, scope: Scope, branches: Sequence[str] | None
 ) -> Iterator[tuple[str, list[str], str | None]]:
-    """Path, branches that fit, and what forbids to grow, of every KxK conv in ``scope``."""
+    """Path, branches that fit, and what forbids to grow, of every conv above 1x1 in ``scope``."""
     holders = holders_of(model)
     for path, module in model.named_modules():
-        if not (isinstance(module, nn.Conv2d) and in_scope(path, scope)):
+        if not in_scope(path, scope):
             continue
-        if not module.kernel_size[0] == module.kernel_size[1] > 1:
+        if not isinstance(module, nn.Conv2d):
+            if _has_kernel(module):
+                yield path, [], f'it is a {_name_of(type(module))}, and only a Conv2d can grow'
+            continue
+        height, width = module.kernel_size
+        if not height == width > 1:
+            if height != width:
+                yield path, [], f'its kernel is {height}x{width}, and only square ones are chosen'
             continue
         reason, fits = obstacle(model, path, module, holders), []
         if reason is None and in_average(model, path):
@@ -107,6 +116,20 @@ def _verdicts(
         if reason is None and not module.weight.requires_grad:
             reason = FROZEN
         yield path, fits, reason
+
+
+def _has_kernel(module: nn.Module) -> bool:
+    """Whether a module holds a kernel above 1x1, as convs of any class and dimension do."""
+    weight = module._parameters.get('weight')
+    if weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
+        return False
+    sizes = getattr(module, 'kernel_size', None)
+    return sizes is not None and weight.ndim > 2 and weight[0, 0].numel() > 1
+
+
+def _name_of(kind: type) -> str:
+    """The name of a class, with that of its module where it is not torch's own ``Conv2d``."""
+    return f'{kind.__module__}.Conv2d' if kind.__name__ == 'Conv2d' else kind.__name__
 
 
 def holders_of(model: nn.Module) -> Counter[int]:
@@ -130,13 +153,13 @@ def obstacle(
         return reason
     kind = f'{type(conv).__module__}.{type(conv).__qualname__}'
     if kind not in _CONV_TYPES:
-        return f'it is a {type(conv).__name__}, which computes more than a conv'
+        return f'it is a {_name_of(type(conv))}, which computes more than a conv'
     if reason := _more_than_a_conv(conv):
         return reason
     if holders[id(conv.weight)] > 1:
         return 'its weight is shared with another module'
     for ancestor in ancestors(model, path):
-        if isinstance(ancestor, Block):  # it has such methods too, and counts on what is inside
+        if isinstance(ancestor, (Block, Branch)):  # they merge too, and count on what is inside
             continue
         if 'DeformConv' in type(ancestor).__name__:
             return 'it makes the offsets of a deformable conv'

@@ -416,6 +416,25 @@ def test_the_backbone_of_a_two_stage_detector_takes_one_call():
     assert [(call.path, call.source) for call in passes.calls] == [('', 'features')]
 
 
+def test_a_model_in_float64_may_make_float32_of_positions():
+    class Placed(Own):
+        def __init__(self):
+            super().__init__()
+            self.place = nn.Linear(1, 8)
+
+        def forward(self, inputs, data_samples=None, mode='tensor'):
+            places = torch.linspace(0, 1, inputs.shape[-1], dtype=torch.float32)
+            features = self.backbone(inputs) + self.place(places[:, None]).T[:, None]
+            return self.decode_head(features)
+
+    model, x = expand(Placed(), 'dbb', scope='decode_head').double(), image(2, 3, 9, 9)
+    passes = Passes(model, x, altered(model))
+    assert not passes.unreached
+    (output,) = tensors_in(passes(model, x))
+    assert output.dtype == torch.float64
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 @pytest.mark.parametrize('channels', [1, 3, 4, 7])
 @pytest.mark.parametrize('focus', [False, True])
 def test_channels_are_those_of_the_first_layer(channels, focus):

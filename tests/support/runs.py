@@ -143,7 +143,13 @@ class TinyLoss(BaseMetric):
 
 
 #: A hook that updates often; every branch that is below the mean is pruned.
-FAST = {'type': 'dyrep_mm.DyRepHook', 'interval': 2, 'calibration_batches': 2}
+#: Blocks in blocks are the harder case.
+FAST = {
+    'type': 'dyrep_mm.DyRepHook',
+    'interval': 2,
+    'calibration_batches': 2,
+    'max_depth': 2,
+}
 PRUNING = {**FAST, 'prune_threshold': 0.0}
 
 #: A search of a few iterations.
