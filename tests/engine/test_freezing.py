@@ -140,7 +140,8 @@ def test_branches_train_once_the_conv_is_freed(tmp_path, interval, remembered):
     assert len(names) == 11
     for name in names:
         assert all(torch.equal(now[name], history[0][name]) for now in history[:4]), name
-        assert not torch.equal(history[4][name], history[3][name]), name
+        # The BN behind the block takes a shift away: its gradient is rounding.
+        assert name.endswith('bn.bias') or not torch.equal(history[4][name], history[3][name]), name
     trained = {p for group in run.optim_wrapper.optimizer.param_groups for p in group['params']}
     assert {p for p in run.model.parameters() if p.requires_grad} == trained
 

@@ -46,8 +46,12 @@ def changes(entries: list[Entry]) -> list[tuple]:
 
 
 def build(name: str, work_dir: Path, **more: Any) -> Runner:
-    """A runner of the very config that the checkpoint was written with."""
+    """A runner of the config that the checkpoint was written with, and the depth that was the
+    default then."""
     config = Config.fromstring(load_checkpoint(stored(name))['meta']['cfg'], '.py')
+    for hook in config.custom_hooks:
+        if hook.type == 'dyrep_mm.DyRepHook':
+            hook.setdefault('max_depth', 2)
     config.merge_from_dict(
         {
             'work_dir': str(work_dir),

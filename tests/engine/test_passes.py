@@ -281,7 +281,9 @@ def write(tmp_path, config: dict, scope, structure='dbb'):
     """Config and checkpoint files of a grown model with random norms, and the model."""
     file, checkpoint = tmp_path / 'config.py', tmp_path / 'grown.pth'
     Config(config).dump(file)
-    model = randomise(expand(build_model(Config.fromfile(file)), structure, scope=scope))
+    plain = build_model(Config.fromfile(file))
+    plain.init_weights()  # some heads give the exponential of their last conv
+    model = randomise(expand(plain, structure, scope=scope))
     content = {'meta': {}, 'state_dict': model.state_dict()}
     Record(structure_of(model)).to_checkpoint(content)
     torch.save(content, checkpoint)
