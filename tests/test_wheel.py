@@ -34,7 +34,7 @@ def dist(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp('dist')
     checkout = copy_sources(folder / 'checkout')
     archive = build(checkout, 'sdist', folder / 'sdist')
-    shutil.unpack_archive(archive, folder / 'unpacked', filter='data')
+    shutil.unpack_archive(archive, folder / 'unpacked')
     (unpacked,) = (folder / 'unpacked').iterdir()
     return archive, build(unpacked, 'wheel', folder / 'wheel')
 
