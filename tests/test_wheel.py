@@ -112,6 +112,11 @@ assert '.mim' in Path(dyrep_mm.config_path('fpn_r50_dyrep_coco.py')).parts
 """
 
 
+def of_a_user() -> dict[str, str]:
+    """Variables that do not lead to this checkout."""
+    return {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+
+
 @pytest.fixture(scope='module')
 def installed(dist, tmp_path_factory) -> Path:
     """The programs of a new environment with the wheel; of everything else it sees what is
@@ -120,7 +125,7 @@ def installed(dist, tmp_path_factory) -> Path:
     call(sys.executable, '-m', 'venv', '--without-pip', folder)
     programs = folder / 'bin'
     pip = (sys.executable, '-m', 'pip', '--python', programs / 'python')
-    call(*pip, 'install', '--no-deps', '--no-index', dist[1])
+    call(*pip, 'install', '--no-deps', '--no-index', dist[1], cwd=folder, env=of_a_user())
     (packages,) = folder.glob('lib/python*/site-packages')
     (packages / 'stack.pth').write_text(sysconfig.get_paths()['purelib'] + '\n')
     return programs
@@ -128,8 +133,7 @@ def installed(dist, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_a_user_installs_trains_and_fuses(installed, tmp_path):
-    env = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
-    env['OMP_NUM_THREADS'] = '1'
+    env = {**of_a_user(), 'OMP_NUM_THREADS': '1'}
 
     def run(program: str, *arguments: object) -> str:
         return call(installed / program, *arguments, cwd=tmp_path, env=env)
