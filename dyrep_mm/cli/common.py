@@ -33,8 +33,11 @@ def check_out(path: str | None, *suffixes: str, option: str = '--out') -> None:
 
 @contextmanager
 def sentence(program: str) -> Iterator[None]:
-    """End with one sentence on what the user can mend; bugs keep their traceback."""
+    """End with one sentence on what the user can mend; bugs keep their traceback.
+
+    The sentence is the last line of a log file too, where output waits in a buffer."""
     try:
         yield
     except DyRepError as error:
+        sys.stdout.flush()
         sys.exit(f'{program}: {error}')

@@ -72,6 +72,7 @@ def main() -> None:
     for name in LIBRARIES:
         with suppress(ImportError):  # a script that needs it says so
             importlib.import_module(name)
+    sys.stdout.flush()  # what waits in the buffer would be the output of every script
     assert 'dyrep_mm' not in sys.modules
     print('ready', file=answers, flush=True)
     for line in sys.stdin:

@@ -18,14 +18,10 @@ ROOT = Path(__file__).parents[2]
 
 def environment(**more: str) -> dict[str, str]:
     """Variables of a process that imports this copy of the package and ``support``, and computes
-    with as many threads as this one: results are compared bit for bit. What it prints and its
-    errors come in their order."""
-    own = {
-        'OMP_NUM_THREADS': str(torch.get_num_threads()),
-        'PYTHONPATH': os.pathsep.join(map(str, (ROOT, ROOT / 'tests'))),
-        'PYTHONUNBUFFERED': '1',
-    }
-    return {**os.environ, **own, **more}
+    with as many threads as this one: results are compared bit for bit."""
+    path = os.pathsep.join(map(str, (ROOT, ROOT / 'tests')))
+    threads = str(torch.get_num_threads())
+    return {**os.environ, 'OMP_NUM_THREADS': threads, 'PYTHONPATH': path, **more}
 
 
 def call(*command: object, code: int = 0, **options: Any) -> str:
