@@ -63,7 +63,7 @@ class DyRepHook(StructureHook):
         prune: De-parameterization (section 4.2).
         prune_threshold: lambda: prune only in blocks whose importances spread more than this.
         prune_relative: ``prune_threshold`` is a part of the mean importance of the block, so that
-            it means the same however long a run is and wherever importances start.
+            it means the same wherever importances start.
         prune_below: Prune only branches of less importance than this, as the authors' code does
             at 0.1, whose deviation is the unbiased one; None is the rule of the paper.
         max_cost: Budget: multiply-adds of a training step, as blocks really run, over those of the
