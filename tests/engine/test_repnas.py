@@ -165,13 +165,15 @@ def test_a_block_that_lost_all_is_its_conv(tmp_path):
     run = runner(tmp_path, [dict(SEARCH)], iters=9)
 
     def lose(run):
-        if (sampler := dyrep(run).rule.sampler) is not None:
-            lost = torch.tensor([path == 'backbone.conv2' for path, _ in branches_of(run)])
-            with torch.no_grad():
-                sampler.alphas.sub_(lost * 10.0)
+        rule = dyrep(run).rule
+        with torch.no_grad():
+            for place, (path, _) in enumerate(rule.places):
+                if path == 'backbone.conv2':
+                    rule.sampler.alphas[place] = -10.0
 
     call_at(run, lose)
     run.train()
+    assert structure_of(run.model)
     assert 'backbone.conv2' not in structure_of(run.model)
     assert type(run.model.backbone.conv2) is torch.nn.Conv2d
 
