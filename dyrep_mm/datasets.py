@@ -53,7 +53,9 @@ class ImagesInMemory(Dataset):
         if len({item['img'].shape for item in items}) > 1:
             raise DyRepError('ImagesInMemory needs images of one size')
         stacked = np.stack([item['img'] for item in items])
-        images = torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
+        # Channels stay last in memory, as files have them: crops copy longer runs, and convs on a GPU
+        # keep the format.
+        images = torch.from_numpy(stacked).permute(0, 3, 1, 2)
         self.size = images.shape[2:]
         self.images = pad(images, (padding,) * 4)
         self.labels = torch.tensor([item['gt_label'] for item in items])
@@ -72,16 +74,18 @@ class ImagesInMemory(Dataset):
         labels = self.labels[chosen]
         parts = labels.split(1) if self.test_mode else [labels]
         return {
-            'inputs': self._changed(self.images[chosen]),
+            'inputs': self._images(chosen),
             'data_samples': [DataSample().set_gt_label(part) for part in parts],
         }
 
-    def _changed(self, images: Tensor) -> Tensor:
-        count = len(images)
+    def _images(self, chosen: Tensor) -> Tensor:
+        count = len(chosen)
         if self.padding:
             y, x = torch.randint(2 * self.padding + 1, (2, count))
-            windows = images.unfold(2, self.size[0], 1).unfold(3, self.size[1], 1)
-            images = windows[torch.arange(count), :, y, x]
+            windows = self.images.unfold(2, self.size[0], 1).unfold(3, self.size[1], 1)
+            images = windows[chosen, :, y, x]  # one copy: the larger images are not gathered first
+        else:
+            images = self.images[chosen]
         if self.flip:
             mirrored = torch.rand(count) < 0.5
             images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)

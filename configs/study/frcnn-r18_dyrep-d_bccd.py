@@ -4,9 +4,7 @@ _base_ = './frcnn-r18_bccd.py'
 default_hooks = dict(
     dyrep=dict(
         type='dyrep_mm.DyRepHook',
-        preset='paper',
         interval=52,  # iterations: 11 updates
         metric='gain',
-        branch_norm='fixed',
     ),
 )

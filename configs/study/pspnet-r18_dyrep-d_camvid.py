@@ -4,9 +4,7 @@ _base_ = './pspnet-r18_camvid.py'
 default_hooks = dict(
     dyrep=dict(
         type='dyrep_mm.DyRepHook',
-        preset='paper',
         interval=92,  # iterations: 11 updates
         metric='gain',
-        branch_norm='fixed',
     ),
 )

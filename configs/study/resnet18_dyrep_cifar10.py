@@ -1,5 +1,3 @@
-_base_ = ['./resnet18_cifar10.py', '../_base_/methods/dyrep.py']
+_base_ = './resnet18_cifar10.py'
 
-default_hooks = dict(
-    dyrep=dict(_base_.pop('dyrep'), interval=1, metric='gain', branch_norm='fixed')
-)
+default_hooks = dict(dyrep=dict(type='dyrep_mm.DyRepHook', interval=1, metric='gain'))

@@ -1,11 +1,3 @@
-_base_ = ['./vgg8_cifar10.py', '../_base_/methods/dyrep.py']
+_base_ = './vgg8_dyrep-gain_cifar10.py'
 
-# Growing ends at 5/6 of the training, as in the authors' strategy files.
-default_hooks = dict(
-    dyrep=dict(
-        _base_.pop('dyrep'),
-        interval=1,
-        end=_base_.train_cfg.max_epochs * 5 // 6,
-        metric='snip',
-    )
-)
+default_hooks = dict(dyrep=dict(metric='snip'))

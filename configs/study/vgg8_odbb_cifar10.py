@@ -1,3 +1,8 @@
 _base_ = ['./vgg8_cifar10.py', '../_base_/methods/odbb.py']
 
-default_hooks = dict(dyrep=dict(_base_.pop('dyrep'), warmup=2, fixed=10))
+# The parts that the phases have in the public code.
+default_hooks = dict(
+    dyrep=dict(
+        _base_.pop('dyrep'), warmup=max(1, _base_.epochs // 10), fixed=_base_.epochs * 2 // 3
+    )
+)

@@ -1,4 +1,4 @@
 # Plain, with twice the epochs: what the time that branches cost would buy without them.
 _base_ = './vgg8_cifar10.py'
 
-train_cfg = dict(max_epochs=_base_.train_cfg.max_epochs * 2)
+train_cfg = dict(max_epochs=_base_.epochs * 2)

@@ -5,9 +5,6 @@ default_hooks = dict(
     dyrep=dict(
         _base_.pop('dyrep'),
         interval=1,
-        end=_base_.train_cfg.max_epochs * 5 // 6,
-        metric='gain',
-        branch_norm='fixed',
-        branches='best',
+        end=_base_.epochs * 5 // 6,
     )
 )

@@ -1,0 +1,3 @@
+_base_ = './vgg8_dyrep-gain_cifar10.py'
+
+default_hooks = dict(dyrep=dict(prune=False))
