@@ -53,8 +53,8 @@ class ImagesInMemory(Dataset):
         if len({item['img'].shape for item in items}) > 1:
             raise DyRepError('ImagesInMemory needs images of one size')
         stacked = np.stack([item['img'] for item in items])
-        # Channels stay last in memory, as files have them: crops copy longer runs, and convs on a GPU
-        # keep the format.
+        # Channels stay last in memory, as files have them: crops copy longer runs, and convs on a
+        # GPU keep the format.
         images = torch.from_numpy(stacked).permute(0, 3, 1, 2)
         self.size = images.shape[2:]
         self.images = pad(images, (padding,) * 4)

@@ -39,6 +39,11 @@ from dyrep_mm.reparam.norms import (
 #: The least unit of a channel, relative to the mean of its block.
 LEAST_UNIT = 0.01
 
+#: Devices on which merging with the statistics of a batch pays. It saves maps, and launches about
+#: four times as many operations as running the branches does; a GPU waits for them. ``meta`` has
+#: neither: who counts there says what is counted.
+MERGING_DEVICES = {'cpu', 'meta'}
+
 
 def gain_bias(conv: nn.Conv2d) -> None:
     """Give a conv without bias one, of zeros, and mark it: the plain model has none there."""
@@ -105,10 +110,10 @@ class Block(nn.Module):
     inference) the block is linear and runs as one conv with the merged kernel, differentiably. With
     ``branch_norm='sampled'`` it does so too, with the statistics of a sample of the batch. With
     ``'batch'`` the branches whose statistics follow from those of the input merge into that conv
-    (:mod:`dyrep_mm.reparam.moments`), the others run beside it; on small maps, in half precision,
-    under autocast, in a trace, with SyncBN, or while hooks watch a module of the block, all run. A
-    batch with fewer than two values a channel has no statistics: the block then computes, and
-    trains, what it is in eval mode.
+    (:mod:`dyrep_mm.reparam.moments`), the others run beside it; on a GPU, on small maps, in half
+    precision, under autocast, in a trace, with SyncBN, or while hooks watch a module of the block,
+    all run. A batch with fewer than two values a channel has no statistics: the block then
+    computes, and trains, what it is in eval mode.
 
     A block stands in the place of a conv: it is called as one, has its geometry, and ``weight``
     and ``bias`` to read. Both are merged from the branches, so nobody can set them.
@@ -299,9 +304,10 @@ class Block(nn.Module):
         pays, and nobody watches the branches."""
         kind, spec = x.device.type, self.spec
         # Kernels cost c^3 multiply-adds whatever the map; what merging saves grows with the map.
-        # On the CPU both are equal at about 8 places for each channel.
+        # Both are equal at about 8 places for each channel.
         return (
             not torch.jit.is_tracing()
+            and kind in MERGING_DEVICES
             and x.numel() >= 8 * spec.in_channels**2 // spec.groups
             and x.dtype == self.origin.weight.dtype
             and x.dtype in (torch.float32, torch.float64)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.reparam.block import Block, origin_of
+from dyrep_mm.reparam.block import MERGING_DEVICES, Block, origin_of
 from dyrep_mm.reparam.branches import ORIGIN, multiply_adds_of
 from dyrep_mm.reparam.geometry import Pair
 from dyrep_mm.reparam.norms import NormFactory, norm_like
@@ -150,9 +150,10 @@ class CostOf:
         )
         if key not in self._seen:
             norm = norm_like(near_norm(self._model, path) or self._spare)
+            kind = origin_of(part).weight.device.type
             part = _changed(path, _on_meta(part), grow, prune, norm, self._prepare)
             conv = origin_of(part)
-            _run_here(part, self._autocast)
+            _run_here(part, self._autocast, kind)
             self._seen[key] = sum(
                 self._run(part, n, (int(h), int(w))) - n * multiply_adds_of(conv, (int(h), int(w)))
                 for n, h, w in calls
@@ -219,13 +220,13 @@ def _on_meta(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def _run_here(part: nn.Module, autocast: bool) -> None:
-    """Make a part on the meta device run as the real one does: across processes and under autocast
-    no branch merges with the statistics of the batch."""
+def _run_here(part: nn.Module, autocast: bool, kind: str) -> None:
+    """Make a part on the meta device run as the real one does on a device of this ``kind``: across
+    processes and under autocast no branch merges with the statistics of the batch."""
     across = [m for m in part.modules() if isinstance(m, nn.SyncBatchNorm)]
     for norm in across:  # it refuses this device
         norm.__class__ = cast(Any, nn.BatchNorm2d)
-    if autocast or across:
+    if autocast or across or kind not in MERGING_DEVICES:
         for block in blocks_of(part).values():
             vars(block)['may_merge'] = lambda _: False
 

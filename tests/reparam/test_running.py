@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dyrep_mm
 from dyrep_mm.reparam.block import Block, kernels_kept
 from support.checks import assert_same
-from support.nets import branchwise, image, make_block, norms_of, randomise
+from support.nets import as_on_a_gpu, branchwise, image, make_block, norms_of, randomise
 
 
 class Operations(TorchDispatchMode):
@@ -171,7 +171,12 @@ def watched(block, x):
     handle.remove()
 
 
-@pytest.mark.parametrize('run', [autocast, half, other_norms, watched])
+def elsewhere(block, x):
+    with as_on_a_gpu():
+        block(x)
+
+
+@pytest.mark.parametrize('run', [autocast, half, other_norms, watched, elsewhere])
 def test_all_branches_run_where_merging_is_not_sure(run):
     block = grown_block().float().train()
     with Operations() as operations:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dyrep_mm import grow, prune
-from dyrep_mm.reparam.block import Block
+from dyrep_mm.reparam.block import MERGING_DEVICES, Block
 from dyrep_mm.reparam.branches import BRANCHES, ORIGIN
 
 
@@ -141,6 +144,16 @@ def make_conv(
 def make_block(conv: nn.Conv2d | None = None, names: list[str] | None = None) -> Block:
     """A block around ``conv`` with random norms; with all branches by default."""
     return randomise(Block(conv or make_conv(), names, make_norm))
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Inside, blocks choose on the CPU what they choose on a GPU."""
+    MERGING_DEVICES.remove('cpu')
+    try:
+        yield
+    finally:
+        MERGING_DEVICES.add('cpu')
 
 
 def branchwise(block: Block, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from dyrep_mm.surgery.charge import Costs
 from dyrep_mm.surgery.cost import SizeWatch, multiply_adds
 from dyrep_mm.surgery.tree import blocks_of
 from support.checks import assert_equal_states
-from support.nets import image, make_net, norms_of, snapshot
+from support.nets import as_on_a_gpu, image, make_net, norms_of, snapshot
 
 INNER = 'conv1.branches.1x1-kxk.conv'
 
@@ -50,7 +50,7 @@ def sizes_of(model, *batches):
     return watch.finish()
 
 
-MODES = ('linear', 'merged', 'small maps', 'autocast')
+MODES = ('linear', 'merged', 'small maps', 'autocast', 'another device')
 
 
 def in_mode(mode):
@@ -64,6 +64,8 @@ def in_mode(mode):
     if mode == 'autocast':
         model, x = model.float(), x.float()
         context = torch.autocast('cpu', torch.bfloat16)
+    if mode == 'another device':
+        context = as_on_a_gpu()
     return model, x, context
 
 
@@ -97,7 +99,7 @@ def test_the_cost_is_what_runs(mode):
         assert cost() * plain == pytest.approx(ran(model, x), rel=1e-12)
 
 
-@pytest.mark.parametrize('mode', ['small maps', 'autocast'])
+@pytest.mark.parametrize('mode', ['small maps', 'autocast', 'another device'])
 def test_where_nothing_merges_branches_count_one_by_one(mode):
     model, x, context = in_mode(mode)
     with context:

@@ -81,6 +81,11 @@ def test_a_step_is_that_of_double_precision(branch_norm, stride, groups, recompu
         assert net(x).is_contiguous(memory_format=torch.channels_last)
 
 
+def test_branches_run_and_do_not_merge_with_the_statistics_of_a_batch():
+    (block,) = blocks_of(pair()).values()
+    assert not block.may_merge(torch.randn(4, 32, 40, 40, device=CUDA))
+
+
 @pytest.mark.parametrize('allowed', [False, True], ids=['', 'tf32'])
 def test_growing_and_pruning_keep_the_function(allowed):
     """Kernels are merged in double precision, whatever convs round to."""
