@@ -1,13 +1,14 @@
 """What the command line tools share."""
 
 import argparse
+import atexit
 from pathlib import Path
 
-import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from torch import distributed
 
 from dyrep_mm.cli.common import check_out, sentence
 from dyrep_mm.engine.checkpoint import load_checkpoint, structure_in
@@ -54,9 +55,10 @@ def load_config(args: argparse.Namespace) -> Config:
 
 def build_runner(config: Config) -> Runner:
     """The runner that the config asks for; several processes without an accelerator use gloo,
-    which mmengine's own launcher does not."""
+    which mmengine's own launcher does not. At exit the processes leave their group."""
+    atexit.register(leave_group)
     if config.launcher == 'pytorch' and get_device() == 'cpu':
-        torch.distributed.init_process_group('gloo')
+        distributed.init_process_group('gloo')
         config.model_wrapper_cfg = {
             'type': 'MMDistributedDataParallel',
             'broadcast_buffers': False,
@@ -65,6 +67,13 @@ def build_runner(config: Config) -> Runner:
             'device_ids': None,
         }
     return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+
+
+def leave_group() -> None:
+    """Stop the threads of the process group, if there is one. Where they outlive the interpreter,
+    gloo's abort the process now and then, and the launcher calls a good run a failure."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def check_local(path: str | None, config: Config) -> None:

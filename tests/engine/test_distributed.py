@@ -151,7 +151,7 @@ def test_from_the_command_line(tmp_path):
     """``tools/dist_train.sh`` without an accelerator, then again with ``--resume auto``."""
     config = tmp_path / 'config.py'
     arguments = settings(tmp_path / 'run', [dict(PRUNING)], iters=8, every=2)
-    arguments['custom_imports'] = {'imports': ['support.runs']}
+    arguments['custom_imports'] = {'imports': ['support.runs', 'support.at_exit']}
     del arguments['work_dir'], arguments['log_level']
     Config(arguments).dump(config)
     with socket.socket() as free:
@@ -166,6 +166,7 @@ def test_from_the_command_line(tmp_path):
 
     log = launch()
     assert log.count('DyRep update') == 3  # rank 0 alone tells
+    assert log.count('process group at exit: none') == 2
     whole = load_checkpoint(tmp_path / 'iter_8.pth')
     (tmp_path / 'iter_8.pth').write_bytes(b'half')
     log = launch('--resume', 'auto')

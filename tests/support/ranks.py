@@ -384,6 +384,7 @@ def main() -> None:
     report = {name: call(folder / name, rank) for name, call in CASES.items()}
     (folder / f'report_{rank}.json').write_text(json.dumps(report))
     dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == '__main__':
