@@ -33,7 +33,7 @@ def table(runs: Sequence[Run], metric: str | None) -> tuple[list[str], list[list
     several runs."""
     columns, scales = ['method', 'runs'], dict[str, float]()
     for name, title in (
-        ('seconds', 'training steps'),
+        ('seconds', 'steps and updates'),
         ('time', 'time relative to plain'),
         ('multiply_adds', 'average multiply-adds'),
         ('parameters', 'average parameters'),
@@ -123,7 +123,7 @@ def _draw_curves(runs: Sequence[Run], metric: str) -> Figure:
 
 #: Costs of training, and the title of their axis.
 COSTS = {
-    'seconds': 'time of training steps',
+    'seconds': 'time of training steps and updates',
     'multiply_adds': 'average multiply-adds in training',
 }
 

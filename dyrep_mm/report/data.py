@@ -55,8 +55,8 @@ class Run:
         left_alone: Why convs stay plain.
         metrics: Every validation metric over time.
         loss: Of the training, over time.
-        seconds: Of training steps, by the log.
-        steps: How many they are.
+        seconds: Of training steps and updates.
+        steps: How many steps they are.
         plain: Parameters and multiply-adds of the plain model, ``parameters`` and
             ``multiply_adds``.
         first: The same of the model at the first iteration.
@@ -279,14 +279,16 @@ def _set_times(
     if planned is None and not in_epochs and per_epoch and type(loop.get('max_epochs')) is int:
         planned = round(loop['max_epochs'] * per_epoch)
     run.planned = planned if type(planned) is int else None
-    _set_seconds(run, log, time)
+    _set_seconds(run, record, log, time)
 
 
 def _heads(log: Log) -> list[tuple[str, int, int | None]]:
     return [('', step, epoch) for step, epoch, _ in log.steps]
 
 
-def _set_seconds(run: Run, log: Log, time: Callable[[int], float]) -> None:
+def _set_seconds(run: Run, record: Record, log: Log, time: Callable[[int], float]) -> None:
+    """By the record where it has them, else by the log. The ``time`` of a line of the log is the
+    mean of the last iterations before it alone, and has an update in it or not by chance."""
     last, seconds, plain = 0, 0.0, []
     first = min((entry.at for entry in run.journal if entry.grown), default=None)
     for step, _, values in log.steps:
@@ -296,9 +298,14 @@ def _set_seconds(run: Run, log: Log, time: Callable[[int], float]) -> None:
         if first is not None and time(step) <= first and not run.start:
             plain.append((values['time'], step - last))
         last = step
+    timing = record.timing
+    if timing.step is not None:
+        run.steps = max(last, timing.steps)
+        run.seconds = timing.step * run.steps + timing.update_seconds
+    elif last:
+        run.seconds, run.steps = seconds, last
     if not last:
         return
-    run.seconds, run.steps = seconds, last
     if len(plain) > 1:
         # The first line has the start of everything in it.
         step_time = sum(t * n for t, n in plain[1:]) / sum(n for _, n in plain[1:])

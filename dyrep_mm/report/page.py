@@ -220,7 +220,7 @@ def _costs(run: Run) -> list[tuple[str, str, str, str]]:
         rows.append(('time of training, relative', '1', number(run.averages['time']), '–'))
     if run.seconds is not None:
         size, unit = scale_of('seconds', [run.seconds])
-        rows.append((f'training steps, all, {unit}', '–', number(run.seconds / size), '–'))
+        rows.append((f'training steps and updates, {unit}', '–', number(run.seconds / size), '–'))
     return rows
 
 

@@ -97,6 +97,17 @@ def test_averages_and_plain_costs_come_from_the_record(r50):
     assert run.averages['time'] > 1
 
 
+def test_seconds_have_all_steps_and_all_updates(trained):
+    """Lines of the log have neither: they are means of the last iterations before them, and a
+    change of structure between two epochs is in none."""
+    run = read_run(trained.work_dir)
+    assert run.steps == trained.iter
+    plain = run.journal[0].timing['step_seconds']
+    updates = sum(entry.timing['update_seconds'] for entry in run.journal)
+    assert run.seconds == pytest.approx(run.averages['time'] * run.steps * plain)
+    assert run.seconds > updates > 0
+
+
 def test_methods_side_by_side(plain, static, trained):
     runs = read_runs([str(plain), str(static), trained.work_dir, f'again={trained.work_dir}'])
     assert [run.group for run in runs] == ['plain', 'DBB', 'DyRep', 'DyRep']
