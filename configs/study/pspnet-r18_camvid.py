@@ -2,7 +2,7 @@
 
 # -- Set this ------------------------------------------------------------------------------------
 # The last checkpoint of study/resnet18_cifar10.py; STAGE_C is the folder of its study.
-checkpoint = '{{$STAGE_C:work_dirs/stage-c}}/resnet18_cifar10/seed-0/epoch_10.pth'
+checkpoint = '{{$STAGE_C:work_dirs/stage-c}}/resnet18_cifar10/seed-0/epoch_3.pth'
 # ------------------------------------------------------------------------------------------------
 
 # `mmseg::` as a base looks for a distribution of the name mmsegmentation, the path for the package

@@ -3,7 +3,7 @@
 
 # -- Set this ------------------------------------------------------------------------------------
 # The last checkpoint of study/resnet18_dyrep_cifar10.py; STAGE_C is the folder of its study.
-checkpoint = '{{$STAGE_C:work_dirs/stage-c}}/resnet18_dyrep_cifar10/seed-0/epoch_10.pth'
+checkpoint = '{{$STAGE_C:work_dirs/stage-c}}/resnet18_dyrep_cifar10/seed-0/epoch_3.pth'
 # ------------------------------------------------------------------------------------------------
 
 _base_ = './pspnet-r18_camvid.py'
