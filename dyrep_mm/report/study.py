@@ -125,6 +125,11 @@ def read_study(source: str) -> list[Row]:
     return rows
 
 
+def decimals(methods: Sequence[Method]) -> int:
+    """Of a metric: two where it is in %, four where it is a part of 1, as the box mAP of COCO."""
+    return 4 if all(abs(value) <= 1 for method in methods for value in method.values) else 2
+
+
 def table(methods: Sequence[Method], metric: str) -> tuple[list[str], list[list[str]]]:
     """What ``tools/study.py`` prints: a row for each config."""
     costs = ('multiply_adds', 'final_multiply_adds', 'parameters', 'final_parameters')
@@ -135,16 +140,16 @@ def table(methods: Sequence[Method], metric: str) -> tuple[list[str], list[list[
         for name in pair:
             scales.append((name, size))
             columns.append(f'{titles[costs.index(name)]}, {unit}')
-    rows = []
+    rows, places = [], decimals(methods)
     for method in methods:
         values, found, time = method.values, method.difference, method.time
-        spread = f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else ''
+        spread = f' ± {statistics.stdev(values):.{places}f}' if len(values) > 1 else ''
         rows.append(
             [
                 method.name,
                 str(len(values)),
-                f'{statistics.fmean(values):.2f}{spread}' if values else '',
-                f'{found[0]:+.2f} ± {found[1]:.2f}' if found else '',
+                f'{statistics.fmean(values):.{places}f}{spread}' if values else '',
+                f'{found[0]:+.{places}f} ± {found[1]:.{places}f}' if found else '',
                 _text(method.mean('loss')),
                 *(_text(scaled(method.mean(name), size)) for name, size in scales),
                 '' if time is None else f'{time:.2f}',
@@ -161,11 +166,11 @@ def picture(methods: Sequence[Method], metric: str, name: str = 'study') -> Pict
     """Every seed as a dot, and the 95% interval of the difference to the first config around the
     mean of that config."""
     shown = [method for method in methods if method.values]
-    said = []
+    said, places = [], decimals(shown)
     for method in shown:
         text = f'{method.name}: {number(statistics.fmean(method.values), 4)}'
         if found := method.difference:
-            text += f', {found[0]:+.2f} ± {found[1]:.2f} against {shown[0].name}'
+            text += f', {found[0]:+.{places}f} ± {found[1]:.{places}f} against {shown[0].name}'
         said.append(f'{text}.')
     return Picture(
         name,

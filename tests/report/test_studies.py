@@ -36,6 +36,13 @@ def test_the_interval_of_paired_differences():
     assert (mean, half) == pytest.approx((3.0, 3.1824 * (14 / 3) ** 0.5 / 2), rel=1e-4)
 
 
+def test_parts_of_one_have_more_decimals():
+    """As the box mAP of COCO: its seeds differ behind the second one."""
+    cells = [('a', 0, 0.534), ('a', 1, 0.526), ('b', 0, 0.541), ('b', 1, 0.523)]
+    _, (_, b) = table(methods_of([row(*cell) for cell in cells], ['a', 'b']), 'coco/bbox_mAP')
+    assert b[2:4] == ['0.5320 ± 0.0127', '+0.0020 ± 0.0635']
+
+
 def test_the_table_compares_seed_by_seed():
     """Also where cells are missing."""
     methods = methods_of([*ROWS_OF_TWO, row('c', 3, 55.0)], ['a', 'b', 'c', 'd'])
