@@ -55,7 +55,7 @@ class Run:
         left_alone: Why convs stay plain.
         metrics: Every validation metric over time.
         loss: Of the training, over time.
-        seconds: Of training steps and updates.
+        seconds: Of training steps and updates; a run with DyRep leaves out waiting for data.
         steps: How many steps they are.
         plain: Parameters and multiply-adds of the plain model, ``parameters`` and
             ``multiply_adds``.
@@ -289,6 +289,7 @@ def _heads(log: Log) -> list[tuple[str, int, int | None]]:
 def _set_seconds(run: Run, record: Record, log: Log, time: Callable[[int], float]) -> None:
     """By the record where it has them, else by the log. The ``time`` of a line of the log is the
     mean of the last iterations before it alone, and has an update in it or not by chance."""
+    timing = record.timing
     last, seconds, plain = 0, 0.0, []
     first = min((entry.at for entry in run.journal if entry.grown), default=None)
     for step, _, values in log.steps:
@@ -298,14 +299,14 @@ def _set_seconds(run: Run, record: Record, log: Log, time: Callable[[int], float
         if first is not None and time(step) <= first and not run.start:
             plain.append((values['time'], step - last))
         last = step
-    timing = record.timing
     if timing.step is not None:
+        # The log of a run that goes on is ahead of its checkpoint.
         run.steps = max(last, timing.steps)
         run.seconds = timing.step * run.steps + timing.update_seconds
-    elif last:
-        run.seconds, run.steps = seconds, last
+        return
     if not last:
         return
+    run.seconds, run.steps = seconds, last
     if len(plain) > 1:
         # The first line has the start of everything in it.
         step_time = sum(t * n for t, n in plain[1:]) / sum(n for _, n in plain[1:])
