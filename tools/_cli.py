@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import gc
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
@@ -74,6 +75,7 @@ def leave_group() -> None:
     gloo's abort the process now and then, and the launcher calls a good run a failure."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
+        gc.collect()  # the model wrapper holds the group, and cycles hold the wrapper
 
 
 def check_local(path: str | None, config: Config) -> None:
