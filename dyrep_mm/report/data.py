@@ -287,17 +287,19 @@ def _heads(log: Log) -> list[tuple[str, int, int | None]]:
 
 
 def _set_seconds(run: Run, record: Record, log: Log, time: Callable[[int], float]) -> None:
-    """By the record where it has them, else by the log. The ``time`` of a line of the log is the
-    mean of the last iterations before it alone, and has an update in it or not by chance."""
+    """By the record where it has them, else by the log; without the waiting for data. The ``time``
+    of a line of the log is the mean of the last iterations before it alone, and has an update in
+    it or not by chance."""
     timing = record.timing
     last, seconds, plain = 0, 0.0, []
     first = min((entry.at for entry in run.journal if entry.grown), default=None)
     for step, _, values in log.steps:
         if 'time' not in values or step <= last:
             continue
-        seconds += values['time'] * (step - last)
+        spent = values['time'] - values.get('data_time', 0)
+        seconds += spent * (step - last)
         if first is not None and time(step) <= first and not run.start:
-            plain.append((values['time'], step - last))
+            plain.append((spent, step - last))
         last = step
     if timing.step is not None:
         # The log of a run that goes on is ahead of its checkpoint.

@@ -12,7 +12,15 @@ import torch
 
 from dyrep_mm import structure_of
 from dyrep_mm.errors import DyRepError
-from dyrep_mm.report.data import best_of, lower_is_better, newest_checkpoint, read_run, read_runs
+from dyrep_mm.report.data import (
+    best_of,
+    lower_is_better,
+    make_run,
+    newest_checkpoint,
+    read_run,
+    read_runs,
+)
+from dyrep_mm.report.logs import Log
 from dyrep_mm.surgery.tree import blocks_of
 from support.runs import FAST, dyrep, runner
 
@@ -106,6 +114,14 @@ def test_seconds_have_all_steps_and_all_updates(trained):
     updates = sum(entry.timing['update_seconds'] for entry in run.journal)
     assert run.seconds == pytest.approx(run.averages['time'] * run.steps * plain)
     assert run.seconds > updates > 0
+
+
+def test_seconds_of_a_plain_run_have_no_waiting_for_data():
+    """Those of a record have none, and the two are compared."""
+    lines = [(10, None, {'time': 0.5, 'data_time': 0.1}), (30, None, {'time': 0.3})]
+    run = make_run('plain', '', {}, Log(lines))
+    assert run.steps == 30
+    assert run.seconds == pytest.approx(10 * 0.4 + 20 * 0.3)
 
 
 def test_methods_side_by_side(plain, static, trained):
