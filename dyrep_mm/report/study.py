@@ -132,14 +132,12 @@ def decimals(methods: Sequence[Method]) -> int:
 
 def table(methods: Sequence[Method], metric: str) -> tuple[list[str], list[list[str]]]:
     """What ``tools/study.py`` prints: a row for each config."""
-    costs = ('multiply_adds', 'final_multiply_adds', 'parameters', 'final_parameters')
-    titles = ('multiply-adds', 'at the end', 'parameters', 'at the end ')
     columns, scales = ['config', 'seeds', metric, 'difference', 'training loss'], []
-    for pair in (costs[:2], costs[2:]):
-        size, unit = scale_of(pair[0], [m.mean(name) for m in methods for name in pair])
-        for name in pair:
-            scales.append((name, size))
-            columns.append(f'{titles[costs.index(name)]}, {unit}')
+    for cost, title in (('multiply_adds', 'multiply-adds'), ('parameters', 'parameters')):
+        names = (cost, f'final_{cost}')
+        size, unit = scale_of(cost, [m.mean(name) for m in methods for name in names])
+        scales += [(name, size) for name in names]
+        columns += [f'{title}, {unit}', f'final {title}, {unit}']
     rows, places = [], decimals(methods)
     for method in methods:
         values, found, time = method.values, method.difference, method.time

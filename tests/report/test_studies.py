@@ -48,6 +48,8 @@ def test_the_table_compares_seed_by_seed():
     methods = methods_of([*ROWS_OF_TWO, row('c', 3, 55.0)], ['a', 'b', 'c', 'd'])
     columns, (a, b, c, d) = table(methods, 'accuracy/top1')
     assert columns[:4] == ['config', 'seeds', 'accuracy/top1', 'difference']
+    titles = [column.partition(',')[0] for column in columns[5:-1]]
+    assert titles == ['multiply-adds', 'final multiply-adds', 'parameters', 'final parameters']
     assert a[:4] == ['a', '2', '55.00 ± 7.07', '']
     assert b[:4] == ['b', '2', '56.50 ± 7.78', '+1.50 ± 6.35']
     assert b[-1] == '1.50'
